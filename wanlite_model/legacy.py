@@ -1,0 +1,114 @@
+"""The student's constructor arguments: what each can mean in a genuine WAN, and what older configs said instead."""
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .config import HEAD_DIM, MODEL_TYPES, PATCH, TEXT_DIM, TEXT_LEN, WanConfig, check_width
+from .errors import WanLiteError
+
+log = logging.getLogger(__name__)
+
+LEGACY_ARGUMENTS = ("teacher_checkpoint_path", "device", "distributed", "use_gradient_checkpointing")
+VAE_CHANNELS = (16, 48)                 # latent channels of WAN 2.1's and of TI2V-5B's VAE
+
+
+def check_keywords(*, model_type: str, hidden_size: int, depth: int, num_heads: int | None, num_channels: int, patch_size: Any,
+                   text_max_length: int, text_encoder_output_dim: int, projection_factor: float, ffn_dim: int | None,
+                   in_dim: int | None, out_dim: int | None, image_dim: int | None) -> WanConfig:
+    """The WanConfig that the keyword form asks for. Raises WanLiteError on any value that a genuine WAN cannot honour."""
+    check_width(hidden_size)
+    rules = (
+        ("num_heads", num_heads, (None, hidden_size // HEAD_DIM),
+         f"ComfyUI always runs a WAN of hidden_size {hidden_size} with {hidden_size // HEAD_DIM} heads of {HEAD_DIM}"),
+        ("num_channels", num_channels, VAE_CHANNELS, "WAN's latents have 16 channels, TI2V-5B's 48"),
+        ("patch_size", _plain(patch_size), (None, PATCH, list(PATCH)), "a WAN's patch is (1, 2, 2): frames, rows and columns of latent"),
+        ("text_max_length", text_max_length, (TEXT_LEN,), f"a WAN attends to {TEXT_LEN} text tokens, zero-padded"),
+        ("text_encoder_output_dim", text_encoder_output_dim, (TEXT_DIM,), f"WAN's umt5 gives {TEXT_DIM} numbers a token"),
+        ("projection_factor", projection_factor, (1, 1.0), "a genuine WAN has no projection layer"),
+    )
+    for name, value, allowed, why in rules:
+        if value not in allowed:
+            shown = " or ".join(str(a) for a in allowed if a is not None and not isinstance(a, list))
+            raise WanLiteError(f"{name}={value!r} cannot be honoured: {why}.", "", f"Set {name} to {shown}, or leave it out.")
+    return WanConfig(model_type=model_type, dim=hidden_size, num_layers=depth, ffn_dim=4 * hidden_size if ffn_dim is None else ffn_dim,
+                     in_dim=num_channels if in_dim is None else in_dim, out_dim=num_channels if out_dim is None else out_dim,
+                     img_emb=image_dim is not None)
+
+
+def translate(given: Mapping[str, Any], accepted: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """A predecessor's config dict -> (arguments that a genuine WAN honours, the values replaced, one sentence per replacement)."""
+    fields, legacy, notes = {}, {}, []
+
+    def replace(name: str, value: Any, why: str) -> None:
+        legacy[name] = given[name]
+        notes.append(f"{name}={given[name]!r} {why}")
+        if value is not None:
+            fields[name] = value
+
+    for name, value in given.items():
+        if name.startswith("_"):
+            continue                                    # diffusers' own bookkeeping (_class_name and kin)
+        if name not in accepted:
+            replace(name, None, "is not a field of a WAN and was left out.")
+        else:
+            fields[name] = value
+    if fields.get("model_type", "t2v") not in MODEL_TYPES:
+        replace("model_type", "t2v", "is read as 't2v', the WAN it stands for.")
+    width = fields.get("hidden_size")
+    if isinstance(width, int) and width > 0 and width % HEAD_DIM:
+        near = max(HEAD_DIM, (width + HEAD_DIM // 2) // HEAD_DIM * HEAD_DIM)
+        replace("hidden_size", near, f"is read as {near}: ComfyUI opens multiples of {HEAD_DIM} only.")
+    width = fields.get("hidden_size")
+    if fields.get("num_heads") is not None and isinstance(width, int) and fields["num_heads"] != width // HEAD_DIM:
+        replace("num_heads", width // HEAD_DIM, f"is read as {width // HEAD_DIM}: every reader splits hidden_size into heads of {HEAD_DIM}.")
+    if fields.get("num_channels", 16) not in VAE_CHANNELS:
+        replace("num_channels", 16, "is read as 16, the channels of WAN's VAE.")
+    if _plain(fields.get("patch_size", PATCH)) != PATCH:
+        replace("patch_size", PATCH, "is read as (1, 2, 2): the VAE shrinks the picture 8 times, the patch twice more.")
+    for name, only in (("text_max_length", TEXT_LEN), ("text_encoder_output_dim", TEXT_DIM), ("projection_factor", 1.0)):
+        if fields.get(name, only) != only:
+            replace(name, only, f"is read as {only}, which every WAN has.")
+    return fields, legacy, notes
+
+
+def accepts_legacy(init: Callable[..., None]) -> Callable[..., None]:
+    """Lets a constructor take a config dict first, and the four legacy arguments, before @register_to_config sees anything."""
+
+    @functools.wraps(init)
+    def wrapped(self: Any, model_type: str | Mapping[str, Any] = "t2v", *args: Any, **kwargs: Any) -> None:
+        from_dict = isinstance(model_type, Mapping)
+        if from_dict:
+            kwargs = {**dict(zip(LEGACY_ARGUMENTS, args)), **kwargs}
+        extra = {name: kwargs.pop(name) for name in LEGACY_ARGUMENTS if name in kwargs}
+        legacy: dict[str, Any] = {}
+        if from_dict:
+            accepted = tuple(name for name in init.__wrapped__.__annotations__ if name not in ("self", "return"))
+            fields, legacy, notes = translate({**model_type, **kwargs}, accepted)
+            for note in notes:
+                log.warning("WanLiteStudent: %s", note)
+            init(self, **fields)
+        else:
+            init(self, model_type, *args, **kwargs)
+        self.legacy = legacy
+        _apply(self, extra)
+
+    return wrapped
+
+
+def _apply(student: Any, extra: Mapping[str, Any]) -> None:
+    if extra.get("teacher_checkpoint_path"):
+        log.warning("WanLiteStudent: teacher_checkpoint_path is not read by the constructor. "
+                    "Build a student from a teacher with wanlite_model.compress, or load one with WanLiteStudent.from_pretrained.")
+    if extra.get("distributed"):
+        log.warning("WanLiteStudent: distributed has no effect on the model. Wrap it in torch's DistributedDataParallel instead.")
+    if extra.get("device") is not None:
+        student.to(extra["device"])
+    if extra.get("use_gradient_checkpointing"):
+        student.enable_gradient_checkpointing()
+
+
+def _plain(patch: Any) -> Any:
+    return tuple(patch) if isinstance(patch, (list, tuple)) else patch
