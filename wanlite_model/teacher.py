@@ -1,0 +1,114 @@
+"""What a teacher is to the engine, and the teacher that is a module in this process."""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import flow
+from .config import WanConfig
+from .transformer import WanLiteStudent
+
+Tap = Callable[[Tensor, Tensor], None]      # (what a module was given, what it answered)
+SAMPLES = 64                                # numbers of each tensor that enter a fingerprint
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cond:
+    """What a velocity is conditioned on. context [B, L <= 512, 4096], to be taken as zero-padded to 512."""
+    context: Tensor
+
+    def __getitem__(self, part: slice) -> Cond:
+        return Cond(context=self.context[part])
+
+
+class Teacher(Protocol):
+    """Any WAN that can answer. `notes`: sentences on what of the user's model was left out; `name`: its file name, for private folders."""
+    config: WanConfig
+    shift: float
+    fingerprint: str
+    name: str
+    device: torch.device
+    notes: tuple[str, ...]
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, *, skip: Collection[int] = (), taps: Mapping[str, Tap] = {}) -> Tensor:
+        """x [B, C, T, H, W] in processed space, sigma [B] -> velocity [B, C, T, H, W] in float32 on x's device, without gradients.
+
+        skip: blocks taken as the identity. taps: {module path such as "blocks.3.ffn.2": called with its first input and its output}.
+        """
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Bare WAN names and tensors on the CPU, one at a time: dequantised, LoRA patches baked in."""
+
+
+def guided_pair(teacher: Teacher, x: Tensor, sigma: Tensor, positive: Cond, negative: Cond | None) -> tuple[Tensor, Tensor | None]:
+    """(v_pos, v_neg) at one state, in one forward of twice the batch; v_neg is None without a negative."""
+    if negative is None:
+        return teacher.velocity(x, sigma, positive), None
+    contexts = pad_together(positive.context, negative.context)
+    both = teacher.velocity(torch.cat((x, x)), torch.cat((sigma, sigma)), Cond(context=contexts))
+    return both[:len(x)], both[len(x):]
+
+
+def guided_velocity(teacher: Teacher, x: Tensor, sigma: Tensor, positive: Cond, negative: Cond | None, cfg: float) -> Tensor:
+    """v_w = v_neg + w (v_pos - v_neg) [B, C, T, H, W]; cfg 1 asks for v_pos alone, as ComfyUI does."""
+    v_pos, v_neg = guided_pair(teacher, x, sigma, positive, negative if cfg != 1 else None)
+    return v_pos if v_neg is None else flow.guided(v_neg, v_pos, cfg)
+
+
+def pad_together(*contexts: Tensor) -> Tensor:
+    """Stacks contexts [B_i, L_i, D] of different lengths into [sum B_i, max L_i, D], zero-padded, which to a WAN is the same text."""
+    length = max(context.shape[1] for context in contexts)
+    return torch.cat([nn.functional.pad(context, (0, 0, 0, length - context.shape[1])) for context in contexts])
+
+
+def fingerprint_tensors(tensors: Iterable[tuple[str, Tensor]], *extra: object) -> str:
+    """A hash of names, shapes and strided samples: cheap at 14B, blind to paths and ids, different when any weight pattern changes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // SAMPLES)].float().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(sample.numpy().tobytes())
+    for item in extra:
+        digest.update(repr(item).encode())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def tapped(module: nn.Module, taps: Mapping[str, Tap]) -> Iterator[None]:
+    """Calls each tap while the block runs; a shared model is left without hooks whatever happens."""
+    handles = []
+    try:
+        for path, tap in taps.items():
+            handles.append(module.get_submodule(path).register_forward_hook(
+                lambda _, given, answered, tap=tap: tap(given[0], answered)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class ModuleTeacher:
+    """A WanLiteStudent (or any WAN opened as one) as the teacher, for headless runs and tests."""
+
+    def __init__(self, module: WanLiteStudent, *, shift: float, name: str = "module") -> None:
+        self.module = module.eval()
+        self.config, self.shift, self.name, self.notes = module.wan, shift, name, ()
+        self.device = next(module.parameters()).device
+        self.fingerprint = fingerprint_tensors(module.state_dict().items(), shift)
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, *, skip: Collection[int] = (), taps: Mapping[str, Tap] = {}) -> Tensor:
+        with torch.no_grad(), tapped(self.module, taps):
+            v = self.module(x.to(self.device), flow.TIMESTEPS * sigma.float().to(self.device), cond.context.to(self.device),
+                            skip_blocks=skip)
+        return v.to(x.device)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self.module.state_dict().items():
+            yield name, tensor.detach().cpu()
