@@ -1,0 +1,76 @@
+"""Fixtures: a ComfyUI in this process, the pack imported as ComfyUI imports it, and a real server."""
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import run  # noqa: E402
+from demo.comfy_path import import_pack, put_comfyui_first  # noqa: E402
+
+COMFYUI = run.find_comfyui()
+if COMFYUI is None:
+    raise pytest.UsageError("The tests need a ComfyUI, and none is set up. Run: python run.py test")
+put_comfyui_first(COMFYUI)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if any(item.get_closest_marker("gpu") for item in items):
+        import torch
+        if not torch.cuda.is_available():
+            for item in items:
+                if item.get_closest_marker("gpu"):
+                    item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """On CI a skipped test is a failed one: run.py has set up all that the tests need, except a GPU."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("CI") and not item.get_closest_marker("gpu"):
+        report.outcome, report.longrepr = "failed", f"Skipped on CI, where nothing may be missing: {report.longrepr}"
+    return report
+
+
+@pytest.fixture(scope="session")
+def comfyui_folder() -> Path:
+    """The folder of the ComfyUI under test."""
+    return COMFYUI
+
+
+@pytest.fixture(scope="session")
+def comfy(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """ComfyUI in this process, on the CPU, with a base folder of its own.
+
+    `comfy.base` is that folder; `comfy.folder_paths` and `comfy.nodes` are ComfyUI's modules (`comfy.nodes.UNETLoader` is stock).
+    Once a test has used this fixture, `import comfy.sd` and the like work in it.
+    """
+    early = "comfy.model_management" in sys.modules
+    import comfy.cli_args
+    if early and not comfy.cli_args.args.cpu:
+        raise RuntimeError("comfy.model_management was imported before the `comfy` fixture ran: the device is chosen already. "
+                           "Import comfy inside tests that take the fixture.")
+    base = tmp_path_factory.mktemp("comfyui")
+    comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.base_directory = str(base)
+    for name in ("models/diffusion_models", "models/vae", "models/text_encoders", "input", "output", "temp", "user"):
+        (base / name).mkdir(parents=True)
+    import folder_paths
+    import nodes
+    return SimpleNamespace(base=base, folder_paths=folder_paths, nodes=nodes)
+
+
+@pytest.fixture(scope="session")
+def pack(comfy: SimpleNamespace) -> Callable[[str], ModuleType]:
+    """`pack("nodes.student")` is that module of the pack, imported as ComfyUI does; "" is the pack itself.
+
+    Its engine is not the top-level `wanlite_model` of the unit tests: expect pack("wanlite_model.errors").WanLiteError.
+    """
+    name = import_pack().__name__
+    return lambda module: importlib.import_module(f"{name}.{module}" if module else name)
