@@ -45,16 +45,16 @@ def comfyui_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def comfy(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def comfyui(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """ComfyUI in this process, on the CPU, with a base folder of its own.
 
-    `comfy.base` is that folder; `comfy.folder_paths` and `comfy.nodes` are ComfyUI's modules (`comfy.nodes.UNETLoader` is stock).
-    Once a test has used this fixture, `import comfy.sd` and the like work in it.
+    `comfyui.base` is that folder; `comfyui.folder_paths` and `comfyui.nodes` are ComfyUI's modules (`comfyui.nodes.UNETLoader`
+    is stock). A test that takes this fixture may `import comfy.sd` and the like inside it.
     """
     early = "comfy.model_management" in sys.modules
     import comfy.cli_args
     if early and not comfy.cli_args.args.cpu:
-        raise RuntimeError("comfy.model_management was imported before the `comfy` fixture ran: the device is chosen already. "
+        raise RuntimeError("comfy.model_management was imported before the `comfyui` fixture ran: the device is chosen already. "
                            "Import comfy inside tests that take the fixture.")
     base = tmp_path_factory.mktemp("comfyui")
     comfy.cli_args.args.cpu = True
@@ -67,7 +67,7 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
-def pack(comfy: SimpleNamespace) -> Callable[[str], ModuleType]:
+def pack(comfyui: SimpleNamespace) -> Callable[[str], ModuleType]:
     """`pack("nodes.student")` is that module of the pack, imported as ComfyUI does; "" is the pack itself.
 
     Its engine is not the top-level `wanlite_model` of the unit tests: expect pack("wanlite_model.errors").WanLiteError.
