@@ -1,6 +1,7 @@
 """What a WAN is made of, and the one table of what its numbers are called in each vocabulary."""
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +13,7 @@ HEAD_DIM = 128                          # ComfyUI reads num_heads as dim // 128 
 TEXT_DIM, TEXT_LEN, FREQ_DIM, EPS = 4096, 512, 256, 1e-6
 PATCH = (1, 2, 2)                       # frames, rows, columns of latent in a token
 CLIP_DIM = 1280                         # width of the CLIP vision features that 2.1's image-to-video reads
+FLF_TOKENS = 514                        # CLIP tokens of a first and a last frame
 MODEL_TYPES = ("t2v", "i2v", "flf2v", "ti2v")
 
 WANLITE_FIELDS = ("model_type", "hidden_size", "depth", "num_heads", "num_channels", "image_size", "patch_size",
@@ -84,14 +86,16 @@ class WanConfig:
         values = self._values()
         named = {name.diffusers: values[key] for key, name in NAMES.items() if name.diffusers}
         image = {"image_dim": CLIP_DIM, "added_kv_proj_dim": self.dim} if self.img_emb else {}
-        return {**named, "attention_head_dim": HEAD_DIM, "patch_size": list(PATCH), "cross_attn_norm": True, **image}
+        two = {"pos_embed_seq_len": FLF_TOKENS} if self.img_emb and self.model_type == "flf2v" else {}
+        return {**named, "attention_head_dim": HEAD_DIM, "patch_size": list(PATCH), "cross_attn_norm": True, **image, **two}
 
     def to_wanlite(self) -> dict[str, Any]:
         """The keyword arguments that build this WAN as a WanLiteStudent."""
         values = self._values()
         named = {name.wanlite: values[key] for key, name in NAMES.items() if name.wanlite}
         image = {"image_dim": CLIP_DIM} if self.img_emb else {}
-        return {"model_type": self.model_type, "num_channels": self.out_dim, "patch_size": list(PATCH), **named, **image}
+        return {"model_type": self.model_type, "num_channels": self.out_dim, "patch_size": list(PATCH), "projection_factor": 1.0,
+                **named, **image}
 
     def to_json(self) -> dict[str, Any]:
         """One dict that all readers take: the union of the three vocabularies."""
@@ -107,22 +111,23 @@ class WanConfig:
 
         Raises WanLiteError where two names of one number disagree, where one is missing, or where a value cannot be a WAN's.
         """
-        values = {key: _agreed(fields, key) for key in NAMES}
-        if values["dim"] is None and values["num_heads"] is not None and "attention_head_dim" in fields:
-            values["dim"] = values["num_heads"] * fields["attention_head_dim"]
-        channels = fields.get("num_channels")
-        for key in ("in_dim", "out_dim"):
-            values[key] = values[key] or channels or 16
-        if values["dim"] and values["ffn_dim"] is None:
-            values["ffn_dim"] = 4 * values["dim"]
-        missing = [key for key in ("dim", "num_layers") if values[key] is None]
+        values = {key: _agreed({name: fields.get(name) for name in names if name}) for key, names in NAMES.items()}
+        if values["num_heads"] is not None and fields.get("attention_head_dim") is not None:
+            heads, width = values["num_heads"], fields["attention_head_dim"]
+            product = heads * width if type(heads) is int and type(width) is int else f"{heads} * {width}"
+            values["dim"] = _agreed({"hidden_size": values["dim"], "num_attention_heads * attention_head_dim": product})
+        values["out_dim"] = _agreed({"out_dim": values["out_dim"], "num_channels": fields.get("num_channels")}) or 16
+        values["in_dim"] = values["in_dim"] or values["out_dim"]
+        missing = [NAMES[key].wanlite for key in ("dim", "num_layers") if values[key] is None]
         if missing:
             raise WanLiteError(f"The config has no {' and no '.join(missing)}.", "A WAN config names its width and its depth.",
                                "Choose the config.json that stands beside the weights.")
-        config = cls(**{key: values[key] for key in ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim")},
-                     **_variant(fields, values["in_dim"]))
-        _check_constants(config, values)
-        return config
+        check_width(values["dim"])
+        if values["ffn_dim"] is None:
+            values["ffn_dim"] = 4 * values["dim"]
+        _check_constants(values, fields.get("patch_size"))
+        return cls(**{key: values[key] for key in ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim")},
+                   **_variant(fields, values["in_dim"], values["out_dim"]))
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]], model_type: str | None = None) -> WanConfig:
@@ -130,23 +135,23 @@ class WanConfig:
 
         Raises WanLiteError when a tensor that decides the architecture is missing.
         """
-        needed = ("head.modulation", "head.head.weight", "patch_embedding.weight", "blocks.0.ffn.0.weight")
-        missing = [key for key in needed if key not in shapes]
-        if missing:
-            raise WanLiteError(f"{missing[0]!r} is missing and {len(shapes)} other tensors are there.",
-                               "Every WAN 2.1 or 2.2 has it.", "Choose a WAN model file.")
+        needed = {"head.modulation": 3, "head.head.weight": 2, "patch_embedding.weight": 5, "blocks.0.ffn.0.weight": 2}
+        for name, ndim in needed.items():
+            if name not in shapes or len(shapes[name]) != ndim:
+                told = f"has shape {list(shapes[name])}" if name in shapes else f"is missing and {len(shapes)} other tensors are there"
+                raise WanLiteError(f"{name!r} {told}.", f"Every WAN 2.1 or 2.2 has it, with {ndim} axes.", "Choose a WAN model file.")
         in_dim, img_emb = shapes["patch_embedding.weight"][1], "img_emb.proj.0.bias" in shapes
-        out_dim = shapes["head.head.weight"][0] // 4
-        if model_type is None:
-            model_type = "flf2v" if "img_emb.emb_pos" in shapes else "i2v" if img_emb or in_dim == 36 else "ti2v" if out_dim == 48 else "t2v"
-        return cls(model_type=model_type, dim=shapes["head.modulation"][-1], ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
+        out_dim = shapes["head.head.weight"][0] // math.prod(PATCH)
+        guessed = _model_type(in_dim, out_dim, img_emb, two_images="img_emb.emb_pos" in shapes)
+        return cls(model_type=model_type or guessed, dim=shapes["head.modulation"][-1], ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
                    num_layers=count_blocks(shapes), in_dim=in_dim, out_dim=out_dim, img_emb=img_emb)
 
 
 def check_width(dim: Any) -> None:
     """Raises WanLiteError unless `dim` is a width that every reader of WAN can open."""
     if isinstance(dim, bool) or not isinstance(dim, int) or dim < HEAD_DIM or dim % HEAD_DIM:
-        near = max(HEAD_DIM, int(dim) // HEAD_DIM * HEAD_DIM) if isinstance(dim, (int, float)) else HEAD_DIM
+        number = isinstance(dim, (int, float)) and math.isfinite(dim)
+        near = max(HEAD_DIM, int(dim) // HEAD_DIM * HEAD_DIM) if number else HEAD_DIM
         raise WanLiteError(f"hidden_size {dim!r} cannot work in ComfyUI, which uses hidden_size // {HEAD_DIM} attention heads.",
                            f"It must be a multiple of {HEAD_DIM}.", f"Set it to {near} or {near + HEAD_DIM}.")
 
@@ -157,30 +162,36 @@ def count_blocks(names: Mapping[str, Any]) -> int:
     return next(i for i in range(len(present) + 1) if i not in present)
 
 
-def _agreed(fields: Mapping[str, Any], key: str) -> Any:
-    """The value of one number under all its names; disagreement is an error."""
-    found = {name: fields[name] for name in NAMES[key] if name and fields.get(name) is not None}
-    if len(set(found.values())) > 1:
-        told = " and ".join(f"{name}={value}" for name, value in found.items())
-        raise WanLiteError(f"The config contradicts itself: {told}.", "These are two names of one number.",
-                           "Correct the one that does not match the weights.")
-    return next(iter(found.values()), None)
+def _agreed(named: Mapping[str, Any]) -> Any:
+    """The value that all names of one number give, None where none does; disagreement is an error."""
+    found = [(name, value) for name, value in named.items() if value is not None]
+    if any(value != found[0][1] for _, value in found):
+        raise WanLiteError(f"The config contradicts itself: {' and '.join(f'{name}={value}' for name, value in found)}.",
+                           "These are names of one number.", "Correct the one that does not match the weights.")
+    return found[0][1] if found else None
 
 
-def _variant(fields: Mapping[str, Any], in_dim: int) -> dict[str, Any]:
-    model_type = fields.get("model_type")
-    img_emb = fields.get("image_dim") is not None
+def _model_type(in_dim: int, out_dim: int, img_emb: bool, two_images: bool) -> str:
+    """What a WAN of these channels is for. 2.2's I2V has 36 channels in and no CLIP branch; TI2V-5B's VAE has 48."""
+    return "flf2v" if two_images else "i2v" if img_emb or in_dim == 36 else "ti2v" if out_dim == 48 else "t2v"
+
+
+def _variant(fields: Mapping[str, Any], in_dim: int, out_dim: int) -> dict[str, Any]:
+    """The kind of WAN, and whether it has the CLIP branch. Wan-Video's config tells the second by model_type alone, and for 2.2 wrongly."""
+    model_type, img_emb = fields.get("model_type"), fields.get("image_dim") is not None
+    if fields.get("_class_name") == "WanModel" and "in_channels" not in fields:
+        img_emb = model_type in ("i2v", "flf2v")
     if model_type in (None, "WanLiteStudent", "wan"):
-        model_type = "i2v" if in_dim == 36 else "t2v"
-    if fields.get("_class_name") == "WanModel" and "image_dim" not in fields and "in_channels" not in fields:
-        img_emb = model_type in ("i2v", "flf2v")        # Wan-Video's 2.1 classes say it with model_type alone
+        model_type = _model_type(in_dim, out_dim, img_emb, two_images=fields.get("pos_embed_seq_len") is not None)
     return {"model_type": model_type, "img_emb": img_emb}
 
 
-def _check_constants(config: WanConfig, values: Mapping[str, Any]) -> None:
-    fixed = {"num_heads": config.num_heads, "text_dim": TEXT_DIM, "text_len": TEXT_LEN, "freq_dim": FREQ_DIM, "eps": EPS}
-    for key, expected in fixed.items():
-        if values[key] is not None and values[key] != expected:
-            raise WanLiteError(f"The config says {NAMES[key].wanlite or key}={values[key]}.",
-                               f"A WAN of hidden_size {config.dim} has {expected}; every reader assumes it.",
+def _check_constants(values: Mapping[str, Any], patch: Any) -> None:
+    fixed = {"num_heads": values["dim"] // HEAD_DIM, "text_dim": TEXT_DIM, "text_len": TEXT_LEN, "freq_dim": FREQ_DIM, "eps": EPS}
+    found = {**{NAMES[key].wanlite or key: (values[key], expected) for key, expected in fixed.items()},
+             "patch_size": (tuple(patch) if isinstance(patch, list) else patch, PATCH)}
+    for name, (value, expected) in found.items():
+        if value is not None and value != expected:
+            raise WanLiteError(f"The config says {name}={value}.",
+                               f"A WAN of hidden_size {values['dim']} has {expected}; every reader assumes it.",
                                f"Set it to {expected}, or leave it out.")

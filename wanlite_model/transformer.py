@@ -15,12 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .config import CLIP_DIM, EPS, FREQ_DIM, HEAD_DIM, PATCH, TEXT_DIM, TEXT_LEN, WanConfig
+from .config import CLIP_DIM, EPS, FLF_TOKENS, FREQ_DIM, HEAD_DIM, PATCH, TEXT_DIM, TEXT_LEN, WanConfig
 from .errors import WanLiteError
 from .legacy import accepts_legacy, check_keywords
 from .mixins import ConfigMixin, ModelMixin, register_to_config
-
-FLF_TOKENS = 514            # CLIP tokens of a first and a last frame
 
 
 class RMSNorm(nn.Module):
@@ -210,6 +208,8 @@ class WanLiteStudent(ModelMixin, ConfigMixin):
         with open_wan(Path(path)) as source:
             student = cls.from_wan(source.config, device="meta")
             state = {name: tensor.to(device=device, dtype=torch_dtype or tensor.dtype) for name, tensor in source.tensors()}
+        student.legacy = source.provenance.get("legacy", {})
+        student.register_to_config(image_size=source.provenance.get("image_size"))
         student.load_state_dict(state, assign=True)
         return student.eval()
 

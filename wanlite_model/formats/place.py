@@ -1,0 +1,106 @@
+"""Putting something new on disk at once: built in a hidden place on the same disk, then moved; on failure nothing has changed."""
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import WanLiteError
+
+log = logging.getLogger(__name__)
+
+MAX_NAME = 200                          # bytes; leaves room for endings below the 255 of common file systems
+DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}    # Windows
+FULL = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
+
+
+def check_name(name: str) -> str:
+    """The name again, when it can be a file's on every system. Raises WanLiteError otherwise."""
+    wrong = re.search(r'[<>:"/\\|?*\x00-\x1f\x7f]', name)
+    why = ("it is empty" if not name.strip() else
+           f"it contains {wrong[0]!r}" if wrong else
+           "it starts or ends with a space or a dot" if name.strip(" .") != name else
+           "Windows keeps this name for a device" if name.split(".")[0].strip().lower() in DEVICES else
+           f"it is longer than {MAX_NAME} bytes" if len(name.encode("utf-8", "replace")) > MAX_NAME else "")
+    if why:
+        raise WanLiteError(f"{name[:60]!r} cannot be a student's name: {why}.", "",
+                           "Use letters, digits, spaces, - and _, for example 'cats-4steps'.")
+    return name
+
+
+@contextmanager
+def temporary_place(destination: Path) -> Iterator[Path]:
+    """An empty hidden folder on the disk of `destination`, gone afterwards.
+
+    Where it can be, it stands beside the destination's folder and not in it, because ComfyUI lists what it finds there.
+    """
+    anchor = next(parent for parent in destination.parents if parent.exists())
+    place = None
+    for home in (anchor.parent if anchor == destination.parent else anchor, anchor):
+        if home.stat().st_dev == anchor.stat().st_dev:
+            try:
+                place = Path(tempfile.mkdtemp(prefix=".wanlite-tmp-", dir=home))
+                break
+            except PermissionError:
+                if home == anchor:
+                    raise
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        if place.exists():
+            log.warning("The temporary folder %s could not be removed; it is safe to delete.", place.name)
+
+
+def put_in_place(moves: Sequence[tuple[Path, Path]], destination: Path) -> None:
+    """Moves each (new, target). What stood at a target goes beside `new`; if any move fails, all are undone.
+
+    Nothing is ever renamed over: Windows refuses that for a file some MODEL has mapped. Raises WanLiteError.
+    """
+    done: list[tuple[Path, Path]] = []
+    try:
+        for new, target in moves:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            steps = [(new, target)]
+            if os.path.lexists(target):
+                steps.insert(0, (target, new.with_name(new.name + ".old")))
+            for source, goal in steps:
+                _rename(source, goal)
+                done.append((source, goal))
+    except OSError as error:
+        for source, goal in reversed(done):
+            os.rename(goal, source)
+        if isinstance(error, PermissionError):
+            raise WanLiteError(f"{destination.name} could not be put in place: the system does not allow it ({error.strerror}).",
+                               "A model that is loaded from there keeps its file in use on Windows.",
+                               "Unload it in ComfyUI or restart ComfyUI, or save under another name.") from error
+        raise
+
+
+def sentence_for(error: OSError, name: str) -> WanLiteError:
+    """What a user reads when the disk refuses."""
+    if error.errno in FULL:
+        return WanLiteError(f"The disk became full while {name} was written.", "Nothing was saved and nothing was changed.",
+                            "Free some space, or save in bfloat16, which takes half of float32.")
+    return WanLiteError(f"{name} could not be written: {error.strerror or error}.", "Nothing was saved and nothing was changed.",
+                        "Check that the folder can be written to.")
+
+
+def _rename(source: Path, goal: Path) -> None:
+    """Tries for a second: on Windows a reader that is just being closed, or a virus scanner, holds a new file for a moment."""
+    for attempt in range(4):
+        try:
+            return os.rename(source, goal)
+        except PermissionError:
+            if attempt == 3:
+                raise
+            gc.collect()                        # a mapping that only a reference cycle keeps alive
+            time.sleep(0.1 * 2**attempt)
