@@ -1,0 +1,51 @@
+"""Muon (Jordan et al. 2024) in fp32, a stack of equal matrices at a time.
+
+torch.optim.Muon orthogonalises in bf16, one matrix after another: on a CPU without bf16 units that costs more than the
+model's own forward and backward pass.
+"""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)       # Newton-Schulz, quintic
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is the nearest orthogonal matrix, scaled to the size of an AdamW step (Liu et al. 2025)."""
+
+    def __init__(self, matrices: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
+        super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for matrix in group["params"]:
+                by_shape[tuple(matrix.shape)].append(matrix)
+            for (rows, columns), matrices in by_shape.items():
+                directions = [self._momentum(matrix, group["momentum"]) for matrix in matrices]
+                size = 0.2 * max(rows, columns) ** 0.5
+                for matrix, update in zip(matrices, orthogonal(torch.stack(directions)), strict=True):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                    matrix.add_(update, alpha=-group["lr"] * size)
+
+    def _momentum(self, matrix: torch.nn.Parameter, momentum: float) -> Tensor:
+        state = self.state[matrix]
+        if not state:
+            state["momentum"] = torch.zeros_like(matrix)
+        state["momentum"].lerp_(matrix.grad, 1 - momentum)
+        return matrix.grad.lerp(state["momentum"], momentum)        # Nesterov
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """[N, R, C] -> about the same with all singular values near 1."""
+    if matrices.shape[1] > matrices.shape[2]:
+        return orthogonal(matrices.mT).mT
+    a, b, c = _COEFFICIENTS
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-12)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x

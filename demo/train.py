@@ -1,0 +1,38 @@
+"""Rebuilds demo/weights from nothing: `python -m demo.train`. About an hour and a half on two CPU cores; killed, it goes on.
+
+What it needs beside the project's environment is a ComfyUI (see comfy_door). Intermediate files lie in output/demo_training.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from . import domain, train_teacher, train_vae
+from .measure import TEACHER, VAE, WEIGHTS, measure_teacher
+from .vae import Vae
+
+WORK = Path(__file__).resolve().parent.parent / "output" / "demo_training"
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    for folder in (WORK, WEIGHTS):
+        folder.mkdir(parents=True, exist_ok=True)
+    vae_file, latents_file = WORK / "vae.safetensors", WORK / "latents.safetensors"
+    if not vae_file.is_file():
+        train_vae.train(vae_file)
+    vae = Vae(vae_file)
+    recipe = train_teacher.Recipe()
+    if not latents_file.is_file():
+        train_teacher.encode_clips(recipe, vae.encode, latents_file)
+    teacher = train_teacher.train(recipe, latents_file, WORK,
+                                  lambda model: measure_teacher(model, vae, steps=16, cfg=domain.CFG, count=48))
+    save_file({name: tensor.to(torch.bfloat16).contiguous() for name, tensor in teacher.state_dict().items()},
+              TEACHER, metadata={"format": "pt"})
+    VAE.write_bytes(vae_file.read_bytes())
+
+
+if __name__ == "__main__":
+    main()
