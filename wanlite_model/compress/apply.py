@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -13,13 +13,14 @@ from .ffn import FfnCut
 from .plan import CompressionPlan, interleaved
 
 
-def start_student(teacher: Teacher, plan: CompressionPlan, cuts: Mapping[int, FfnCut] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The start's (name, tensor), one at a time, in the teacher's dtypes; pruning nothing, the teacher's own bit for bit.
+def start_student(weights: Iterable[tuple[str, Tensor]], plan: CompressionPlan, cuts: Mapping[int, FfnCut] | None = None
+                  ) -> Iterator[tuple[str, Tensor]]:
+    """The start's (name, tensor) from the teacher's, one at a time and in its dtypes; pruning nothing, the same bit for bit.
 
     cuts: {teacher block: its FfnCut}, of all kept blocks; without them a narrower FFN is its first neurons, not refitted.
     """
     position = {block: i for i, block in enumerate(plan.keep)}
-    for name, tensor in teacher.weights():
+    for name, tensor in weights:
         match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
         if match is None:
             yield name, tensor
@@ -37,7 +38,7 @@ def plain_plan(teacher: WanConfig, student: WanConfig) -> CompressionPlan:
 
 def plain_cut(teacher: Teacher, config: WanConfig) -> Iterator[tuple[str, Tensor]]:
     """What a student of the same size is without any thought: the yardstick. Raises WanLiteError on a size beyond the teacher's."""
-    return start_student(teacher, plain_plan(teacher.config, config))
+    return start_student(teacher.weights(), plain_plan(teacher.config, config))
 
 
 def _narrowed(leaf: str, tensor: Tensor, ffn_dim: int, cut: FfnCut | None) -> Tensor:

@@ -74,11 +74,12 @@ def make_probe(teacher: Teacher, prompts: PromptBank, shape: tuple[int, int, int
         path = flow.euler_steps(lambda x, sigma: guided_velocity(teacher, x, sigma, positive, negative, cfg), noise, sigmas)
         taken: dict[tuple[int, int], Probe] = {}
         for step in range(ROLLOUT_STEPS):
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.no_grad():
                 x, sigma, _ = next(path)
+            with torch.inference_mode(False), torch.no_grad():
                 for i, r in enumerate(group):
                     if step % half == r % half:
-                        taken[r, step] = Probe(x=x[i:i + 1].clone(), sigma=sigma[i:i + 1].clone(), context=positive.context[i:i + 1])
+                        taken[r, step] = Probe(x=x[i:i + 1].clone(), sigma=sigma[i:i + 1].clone(), context=positive.context[i:i + 1].clone())
             yield Progress(stage="Probing the teacher", done=first + len(group) * (step + 1) // ROLLOUT_STEPS, total=len(rollouts))
         states.extend(taken[key] for key in sorted(taken))
     with torch.inference_mode(False), torch.no_grad():
@@ -101,11 +102,16 @@ Velocity = Callable[[Tensor, Tensor, Cond], Tensor]
 
 
 def answers(velocity: Velocity, probe: Probe) -> Iterator[Tensor]:
-    """The velocities [b, C, T, H, W] at the probe's states, one forward per item."""
+    """The velocities [b, C, T, H, W] at the probe's states, one forward per item.
+
+    The model runs in the caller's mode, since a ComfyUI MODEL must not leave inference mode; what comes out is a normal tensor.
+    """
     for start in range(0, len(probe), probe.batch):
         part = probe[start:start + probe.batch]
+        with torch.no_grad():
+            v = velocity(part.x, part.sigma, Cond(context=part.context))
         with torch.inference_mode(False), torch.no_grad():
-            v = velocity(part.x, part.sigma, Cond(context=part.context)).float()
+            v = v.float().clone()
         yield v
 
 

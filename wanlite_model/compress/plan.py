@@ -122,3 +122,14 @@ def check_keep(keep: tuple[int, ...], num_layers: int) -> None:
         if after <= before:
             raise WanLiteError(f"The keep-map has block {after} after block {before}.",
                                "Blocks keep the teacher's order, each once.", f"Write {before} and {after} in rising order, once.")
+
+
+def format_keep_map(keep: tuple[int, ...]) -> str:
+    """(0, 1, 2, 3, 5) -> "0-3,5"; parse_keep_map reads it back."""
+    runs: list[list[int]] = []
+    for block in keep:
+        if runs and block == runs[-1][1] + 1:
+            runs[-1][1] = block
+        else:
+            runs.append([block, block])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

@@ -1,0 +1,241 @@
+"""From a teacher to the start of its student, on disk: plan, refit, measure, write. The same request finds the same start again."""
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import WanConfig
+from ..errors import WanLiteError
+from ..files import read_json, write_json
+from ..formats.card import StudentCard
+from ..formats.keymap import wan_shapes
+from ..formats.write import write_student
+from ..prompts import PromptBank
+from ..teacher import ModuleTeacher, Teacher
+from ..transformer import WanLiteStudent
+from .apply import plain_cut, start_student
+from .ffn import FfnCut, cut_ffn
+from .handle import StudentHandle
+from .importance import Probe, Velocity, answers, check_shape, greedy_depth, make_probe, tokens, velocity_errors, without
+from .plan import CompressionPlan, Method, Progress, check_depth, check_ffn_dim, check_keep, interleaved
+from .report import Measured, describe
+
+log = logging.getLogger(__name__)
+
+VERSION = 1                 # raise it when the same request would give other weights
+NOTE = "start.json"
+HELD_OUT = 8                # states for the report, which take no part in any choice
+LEAST_STATES, MOST_STATES, DEPTH_STATES = 8, 64, 16
+TOKENS_PER_NEURON = 8       # that the refit should see
+
+Built = tuple[StudentHandle, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What is asked of a teacher, checked. keep: None lets `method` choose `depth` blocks."""
+    depth: int
+    ffn_dim: int
+    keep: tuple[int, ...] | None
+    method: Method
+
+    @classmethod
+    def checked(cls, teacher: WanConfig, depth: int | None, ffn_dim: int | None, keep: tuple[int, ...] | None, method: Method) -> Request:
+        """Raises WanLiteError on a size that the teacher cannot give, or a keep-map that is not `depth` blocks."""
+        ffn_dim = teacher.ffn_dim if ffn_dim is None else ffn_dim
+        check_ffn_dim(ffn_dim, teacher.ffn_dim)
+        if keep is not None:
+            check_keep(keep, teacher.num_layers)
+            if depth not in (None, len(keep)):
+                raise WanLiteError(f"depth is {depth} and the keep-map has {len(keep)} blocks.", "They say the same thing twice.",
+                                   "Leave one of them out.")
+            return cls(depth=len(keep), ffn_dim=ffn_dim, keep=keep, method="given")
+        depth = teacher.num_layers if depth is None else depth
+        check_depth(depth, teacher.num_layers)
+        if method not in ("greedy", "interleaved"):
+            raise WanLiteError(f"The method is {method!r}.", "Without a keep-map, blocks are chosen 'greedy' or 'interleaved'.")
+        return cls(depth=depth, ffn_dim=ffn_dim, keep=keep, method=method)
+
+    def prunes_nothing(self, teacher: WanConfig) -> bool:
+        return self.depth == teacher.num_layers and self.ffn_dim == teacher.ffn_dim
+
+    def plan(self, teacher: WanConfig, keep: tuple[int, ...]) -> CompressionPlan:
+        return CompressionPlan(keep=keep, ffn_dim=self.ffn_dim, method=self.method, teacher_layers=teacher.num_layers,
+                               teacher_ffn_dim=teacher.ffn_dim)
+
+
+def create_student(teacher: Teacher, prompts: PromptBank | None, shape: tuple[int, int, int, int], *, depth: int | None = None,
+                   ffn_dim: int | None = None, keep: tuple[int, ...] | None = None, method: Method = "greedy", seed: int = 0,
+                   cfg: float = 5.0, folder: Path) -> Generator[Progress, None, Built]:
+    """Writes the start under folder/<fingerprint>, or finds it there; returns its handle and a report in plain words.
+
+    shape: (C, T, H, W) of the videos it is meant for. depth, ffn_dim: None keeps the teacher's. Without prompts nothing is
+    measured, so only interleaved or given blocks at full FFN width can be had. Closing it at any yield leaves no file.
+    Raises WanLiteError before any work when the request cannot be met.
+    """
+    request = Request.checked(teacher.config, depth, ffn_dim, keep, method)
+    measures = prompts is not None and not request.prunes_nothing(teacher.config)
+    _check_prompts(request, teacher.config, prompts)
+    if measures:
+        check_shape(teacher, shape)
+    probing = {"prompts": prompts.fingerprint, "shape": list(shape), "seed": seed, "cfg": cfg, "shift": teacher.shift} if measures else None
+    fingerprint = start_fingerprint(teacher, request, probing)
+    if (found := _read(folder / fingerprint)) is not None:
+        return found
+    probe = None
+    if measures:
+        probe = yield from make_probe(teacher, prompts, shape, seed=seed, count=_states(teacher.config, shape) + HELD_OUT, cfg=cfg)
+    plan, removals, cuts = yield from _choose(teacher, request, None if probe is None else probe[:-HELD_OUT])
+    measured = Measured(removals=removals)
+    if probe is not None:
+        measured = yield from _measure(teacher, plan, cuts, probe[-HELD_OUT:], measured)
+    yield Progress(stage="Writing the start", done=0, total=1)
+    card = _card(teacher, plan, measured, cfg, shape)
+    return _write(folder, fingerprint, teacher, plan, cuts, card, measured)
+
+
+def start_fingerprint(teacher: Teacher, request: Request, probing: Mapping[str, Any] | None) -> str:
+    """A hash of everything that decides the start and its report."""
+    told = {"version": VERSION, "teacher": teacher.fingerprint, "request": asdict(request), "probe": probing}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_prompts(request: Request, teacher: WanConfig, prompts: PromptBank | None) -> None:
+    if prompts is not None:
+        return
+    if request.method == "greedy" and request.depth < teacher.num_layers:
+        raise WanLiteError("There are no prompts to choose blocks by.", "Greedy choice watches the teacher work on prompts.",
+                           "Connect prompts, choose interleaved, or type a keep-map.")
+    if request.ffn_dim < teacher.ffn_dim:
+        raise WanLiteError("There are no prompts to narrow the FFN by.", "Which neurons matter shows on prompts.",
+                           f"Connect prompts, or keep ffn_dim at {teacher.ffn_dim}.")
+
+
+def _states(teacher: WanConfig, shape: tuple[int, int, int, int]) -> int:
+    """States to choose and refit by: enough tokens for the FFN's neurons, within bounds."""
+    return min(MOST_STATES, max(LEAST_STATES, -(-TOKENS_PER_NEURON * teacher.ffn_dim // tokens(shape))))
+
+
+def _choose(teacher: Teacher, request: Request, probe: Probe | None
+            ) -> Generator[Progress, None, tuple[CompressionPlan, tuple[tuple[int, float], ...], dict[int, FfnCut] | None]]:
+    config, keep, removals = teacher.config, request.keep, ()
+    if keep is None and request.method == "greedy" and probe is not None:
+        choice = yield from greedy_depth(teacher, probe[:DEPTH_STATES], request.depth)
+        keep, removals = choice.keep, choice.removals
+        if any(block in keep for block, _ in removals):
+            request = replace(request, method="interleaved")        # it came out better
+    plan = request.plan(config, interleaved(config.num_layers, request.depth) if keep is None else keep)
+    cuts = None
+    if plan.ffn_dim < config.ffn_dim:
+        cuts = yield from cut_ffn(teacher, probe, plan.keep, plan.ffn_dim)
+    return plan, removals, cuts
+
+
+def _measure(teacher: Teacher, plan: CompressionPlan, cuts: dict[int, FfnCut] | None, probe: Probe, so_far: Measured
+             ) -> Generator[Progress, None, Measured]:
+    """The velocity errors of the start and of the plain cut on states that took no part in the choice."""
+    parts: list[Tensor] = []
+    for v in answers(teacher.velocity, probe):
+        parts.append(v)
+        yield Progress(stage="Measuring the start", done=0, total=2)
+    target, config = torch.cat(parts), plan.student_config(teacher.config)
+    try:
+        errors = []
+        for i, weights in enumerate((lambda: start_student(teacher.weights(), plan, cuts), lambda: plain_cut(teacher, config))):
+            if cuts is None:        # whole blocks only: the teacher can stand in for the student, without a byte more
+                kept = plan.keep if i == 0 else interleaved(plan.teacher_layers, len(plan.keep))
+                velocity = without(teacher, set(range(plan.teacher_layers)) - set(kept))
+            else:
+                velocity = yield from _loaded(weights(), config, teacher, i)
+            error = 0.0
+            for part in velocity_errors(velocity, probe, target):
+                error += part.sum().item() / len(probe)
+                yield Progress(stage="Measuring the start", done=i, total=2)
+            errors.append(error)
+            del velocity            # before the next one takes its place in memory
+    except torch.cuda.OutOfMemoryError:
+        log.warning("The student's start does not fit beside the teacher on %s; its error was not measured.", teacher.device)
+        return replace(so_far, why_not=f"the start does not fit beside the teacher in the memory of {teacher.device}")
+    return replace(so_far, error=errors[0], plain_cut=errors[1], states=len(probe))
+
+
+def _loaded(weights: Iterator[tuple[str, Tensor]], config: WanConfig, teacher: Teacher, done: int) -> Generator[Progress, None, Velocity]:
+    """The velocity of a student with these weights, on the teacher's device."""
+    with torch.inference_mode(False):
+        module = WanLiteStudent.from_wan(config, device="meta").requires_grad_(False)
+    state: dict[str, Tensor] = {}
+    for name, tensor in weights:
+        with torch.inference_mode(False), torch.no_grad():
+            state[name] = tensor.to(teacher.device, copy=True)
+        yield Progress(stage="Measuring the start", done=done, total=2)
+    with torch.inference_mode(False), torch.no_grad():
+        module.load_state_dict(state, assign=True)
+        return ModuleTeacher(module, shift=teacher.shift).velocity
+
+
+def _card(teacher: Teacher, plan: CompressionPlan, measured: Measured, cfg: float, shape: tuple[int, int, int, int]) -> StudentCard:
+    config = teacher.config
+    _, frames, rows, columns = shape
+    scale = 16 if config.out_dim == 48 else 8           # pixels a latent pixel: TI2V-5B's VAE, and the others'
+    return StudentCard(
+        cfg=cfg, shift=teacher.shift, size=(columns * scale, rows * scale, 4 * (frames - 1) + 1),
+        teacher=f"{config.model_type}, {config.num_layers} blocks of {config.dim}, FFN {config.ffn_dim}",
+        teacher_fingerprint=teacher.fingerprint, keep=plan.keep, ffn_dim=plan.ffn_dim,
+        recipe={"teacher_layers": config.num_layers, "teacher_ffn_dim": config.ffn_dim},
+        measured={} if measured.error is None else {"start_error": measured.error, "plain_cut_error": measured.plain_cut})
+
+
+def _write(folder: Path, fingerprint: str, teacher: Teacher, plan: CompressionPlan, cuts: dict[int, FfnCut] | None, card: StudentCard,
+           measured: Measured) -> Built:
+    """The whole folder is made beside its place and moved there at once: what is there is complete."""
+    place, staging = folder / fingerprint, folder / f".{fingerprint}.partial"
+    config, size = plan.student_config(teacher.config), [0, 0]
+    shutil.rmtree(staging, ignore_errors=True)          # what a power cut left
+    staging.mkdir(parents=True)
+    try:
+        written = write_student(staging / fingerprint, config=config, card=card,
+                                tensors=start_student(_counted(teacher.weights(), size), plan, cuts))
+        report = describe(plan, measured, teacher_config=teacher.config, teacher=tuple(size),
+                          student=(sum(map(math.prod, wan_shapes(config).values())), written.bytes))
+        handle = StudentHandle(folder=str(place), config=config, plan=plan, fingerprint=fingerprint, card=card)
+        write_json(written.path / NOTE, {"handle": {**handle.to_json(), "folder": ""}, "report": report, "bytes": written.file.stat().st_size})
+        if place.exists():                              # damaged: _read refused it
+            shutil.rmtree(place)
+        os.replace(written.path, place)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return handle, report
+
+
+def _counted(weights: Iterable[tuple[str, Tensor]], size: list[int]) -> Iterator[tuple[str, Tensor]]:
+    """Passes tensors on, and adds up their numbers and bytes in size[0] and size[1]."""
+    for name, tensor in weights:
+        size[0] += tensor.numel()
+        size[1] += tensor.numel() * tensor.element_size()
+        yield name, tensor
+
+
+def _read(place: Path) -> Built | None:
+    """The start that an earlier request left here; None when it is absent or not whole."""
+    if not (place / NOTE).is_file():
+        return None
+    try:
+        noted = read_json(place / NOTE)
+        handle = StudentHandle.from_json({**noted["handle"], "folder": str(place)})
+        if handle.file.stat().st_size != noted["bytes"]:
+            raise ValueError("the weights have another size")
+        return handle, noted["report"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("The start in %s is damaged (%s); it is made again.", place.name, error)
+        return None

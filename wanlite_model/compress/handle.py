@@ -1,0 +1,70 @@
+"""A student by name: what a wire of the graph carries, never a module or tensors."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..config import WanConfig
+from ..errors import WanLiteError
+from ..formats.card import StudentCard
+from ..formats.read import WanFile, open_wan
+from ..formats.write import MODEL_FILE
+from ..teacher import fingerprint_tensors
+from .plan import CompressionPlan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentHandle:
+    """A student on disk. folder: where it is, or its single file. fingerprint: of what its weights came from. card: how to sample it."""
+    folder: str
+    config: WanConfig
+    plan: CompressionPlan
+    fingerprint: str
+    card: StudentCard | None = None
+
+    @property
+    def file(self) -> Path:
+        """The file with the weights."""
+        place = Path(self.folder)
+        return place if place.suffix == ".safetensors" else place / MODEL_FILE
+
+    def open(self) -> AbstractContextManager[WanFile]:
+        """The weights, for as long as the `with` lasts. Raises WanLiteError when they are gone or not whole."""
+        return open_wan(Path(self.folder))
+
+    @classmethod
+    def of(cls, path: Path) -> StudentHandle:
+        """A saved student, or any WAN file or folder, which is then taken as its own teacher. Raises WanLiteError on anything else."""
+        with open_wan(path) as source:
+            return cls(folder=str(path), config=source.config, plan=_plan(source.config, source.card), card=source.card,
+                       fingerprint=fingerprint_tensors(source.tensors()))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"folder": self.folder, "config": asdict(self.config), "plan": self.plan.to_json(), "fingerprint": self.fingerprint,
+                "card": None if self.card is None else self.card.to_json()}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> StudentHandle:
+        """Raises WanLiteError when the value is not one that to_json wrote."""
+        names = {f.name for f in fields(cls)}
+        try:
+            if set(value) != names:
+                raise TypeError(f"fields {', '.join(sorted(set(value) ^ names))}")
+            card = None if value["card"] is None else StudentCard.from_json(value["card"])
+            return cls(folder=value["folder"], config=WanConfig(**value["config"]), plan=CompressionPlan.from_json(value["plan"]),
+                       fingerprint=value["fingerprint"], card=card)
+        except TypeError as error:
+            raise WanLiteError(f"The note about a student cannot be read ({error}).", "Another version of WanLite may have written it.",
+                               "Create the student again.") from error
+
+
+def _plan(config: WanConfig, card: StudentCard | None) -> CompressionPlan:
+    """What the card says of the teacher; without one, a plan that prunes nothing."""
+    keep = card.keep if card and len(card.keep) == config.num_layers else tuple(range(config.num_layers))
+    teacher = card.recipe if card else {}
+    return CompressionPlan(keep=keep, ffn_dim=config.ffn_dim, method="given",
+                           teacher_layers=teacher.get("teacher_layers", max(keep) + 1),
+                           teacher_ffn_dim=teacher.get("teacher_ffn_dim", config.ffn_dim))
