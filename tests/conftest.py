@@ -18,6 +18,7 @@ COMFYUI = run.find_comfyui()
 if COMFYUI is None:
     raise pytest.UsageError("The tests need a ComfyUI, and none is set up. Run: python run.py test")
 put_comfyui_first(COMFYUI)
+sys.path.append(str(ROOT / "tests"))        # for the modules named helpers_*; last, so that no folder of it hides anything
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

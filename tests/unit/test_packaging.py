@@ -1,0 +1,99 @@
+"""Installing the pack changes no installed package, beside the newest transformers and beside version 4."""
+import json
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from demo.comfy_path import ROOT
+
+try:
+    import tomllib
+except ModuleNotFoundError:     # Python 3.10
+    import tomli as tomllib
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+DEPENDENCIES = PROJECT["project"]["dependencies"]
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+NEVER_LISTED = {"torch", "torchvision", "torchaudio", "torchsde", "transformers", "tokenizers", "huggingface-hub", "accelerate",
+                "bitsandbytes", "triton", "xformers", "opencv-python", "pillow"}
+
+
+def pip(python: Path, *arguments: str) -> str:
+    run = subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check", *arguments],
+                         capture_output=True, text=True, encoding="utf-8")
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def changed(python: Path, *requirements: str) -> dict[str, str]:
+    """What installing `requirements` into that environment would replace: {name: "old -> new"}."""
+    installed = {canonicalize_name(package["name"]): package["version"] for package in json.loads(pip(python, "list", "--format", "json"))}
+    report = json.loads(pip(python, "install", "--dry-run", "--quiet", "--report", "-", *requirements))
+    wanted = {canonicalize_name(item["metadata"]["name"]): item["metadata"]["version"] for item in report["install"]}
+    return {name: f"{installed[name]} -> {version}" for name, version in wanted.items() if name in installed}
+
+
+@pytest.fixture(scope="session")
+def beside_transformers_4(tmp_path_factory) -> Path:
+    """The Python of an environment with transformers 4.57, and what that pins, as many ComfyUI users have it."""
+    folder = tmp_path_factory.mktemp("transformers4") / "venv"
+    venv.create(folder, symlinks=sys.platform != "win32")
+    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    pip(python, "install", "--no-compile", "transformers==4.57.*")     # compiling it takes longer than the rest
+    return python
+
+
+def test_beside_the_newest_transformers_nothing_changes():
+    assert changed(Path(sys.executable), *DEPENDENCIES) == {}
+
+
+def test_beside_transformers_4_nothing_changes(beside_transformers_4):
+    assert changed(beside_transformers_4, *DEPENDENCIES) == {}
+
+
+def test_diffusers_would_change_transformers_4s_pins_and_is_therefore_only_an_extra(beside_transformers_4):
+    """Also what shows that the two tests above can fail."""
+    assert "huggingface-hub" in changed(beside_transformers_4, "diffusers==0.42.1")
+    assert [Requirement(line).name for line in EXTRAS["diffusers"]] == ["diffusers"]
+
+
+def test_every_dependency_is_one_that_comfyui_already_has(comfyui_folder):
+    lines = (comfyui_folder / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    theirs = {canonicalize_name(r.name): r.specifier for r in (Requirement(x) for x in lines if x.strip() and not x.startswith(("#", "-")))}
+    for line in DEPENDENCIES:
+        ours = Requirement(line)
+        name = canonicalize_name(ours.name)
+        assert name not in NEVER_LISTED
+        if name == "filelock":          # torch requires it, without a bound
+            assert "torch" in theirs and not ours.specifier
+            continue
+        bounds = [bound for bound in ours.specifier if bound.operator != ">="]
+        assert not bounds, f"{line} could force another version on a working ComfyUI"
+        lowest = min(bound.version for bound in theirs[name])
+        assert all(lowest in ours.specifier for _ in ours.specifier), f"{line} asks for more than ComfyUI's {theirs[name]}"
+
+
+def test_no_extra_and_no_other_file_installs_anything():
+    for line in (line for extra in EXTRAS.values() for line in extra):
+        assert canonicalize_name(Requirement(line).name) not in NEVER_LISTED
+    # ComfyUI-Manager runs the first and installs the second.
+    assert not (ROOT / "install.py").exists() and not (ROOT / "requirements.txt").exists()
+
+
+def test_comfyui_reads_the_packs_metadata(comfyui_folder):
+    from comfy_config import config_parser
+    config = config_parser.extract_node_configuration(str(ROOT))
+    assert (config.project.name, config.tool_comfy.display_name) == ("wanlite", "WanLite")
+    assert config.tool_comfy.publisher_id and config.project.license.file == "LICENSE"
+    minimum = PROJECT["tool"]["comfy"]["requires-comfyui"]
+    assert minimum.startswith(">=") and minimum.count(".") == 2      # the registry takes three components only
+
+
+def test_the_licence_is_apache_2():
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
