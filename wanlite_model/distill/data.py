@@ -1,0 +1,237 @@
+"""The teacher's answers, asked for once and kept on disk: what a student is trained on.
+
+A unit is one prompt with one noise: the states of one teacher rollout (Euler, guided), and the rollout's end (or the user's own
+latents) noised again to other sigmas. For each state it holds what the teacher answered with and without the prompt, so that guidance
+can be folded in or kept. Units are files of their own: an interrupted cache goes on where it stopped, and two jobs share what they have in common.
+"""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .. import flow
+from ..errors import WanLiteError
+from ..files import replace_file
+from ..prompts import PromptBank
+from ..teacher import Cond, Teacher, guided_pair
+from .job import HOLDOUT_PROMPTS, MIN_UNITS, DistillJob
+
+VERSION = 1
+STORED = torch.float16          # rounding 2**-11 of a latent: far below what a student gets wrong
+TOKENS_AT_ONCE = 4096           # small samples go through the teacher together; a 480x832 clip goes alone
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """One prompt with one noise. `item`: which prompt (and which latent); `held`: never trained on."""
+    index: int
+    prompt: int
+    item: int
+    held: bool
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Training states: x [B, C, T, H, W] at sigma [B], the teacher's answers there, and the prompt of each."""
+    x: Tensor
+    sigma: Tensor
+    v_pos: Tensor
+    v_neg: Tensor | None
+    prompts: tuple[int, ...]
+
+    def guided(self, cfg: float) -> Tensor:
+        """The teacher's guided velocity [B, C, T, H, W]."""
+        return self.v_pos if self.v_neg is None else flow.guided(self.v_neg, self.v_pos, cfg)
+
+    def __getitem__(self, part: slice) -> Batch:
+        return Batch(x=self.x[part], sigma=self.sigma[part], v_pos=self.v_pos[part],
+                     v_neg=None if self.v_neg is None else self.v_neg[part], prompts=self.prompts[part])
+
+
+def seeded(*parts: object) -> torch.Generator:
+    """A CPU generator that is a function of its arguments alone."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def tokens_of(shape: Sequence[int]) -> int:
+    """Tokens of a sample of latent shape (C, T, H, W)."""
+    return shape[1] * (shape[2] // 2) * (shape[3] // 2)
+
+
+def rollout_sigmas(job: DistillJob) -> Tensor:
+    """The sigmas of the teacher's path, from noise to 0."""
+    return flow.schedule(job.recipe.teacher_steps, job.shift) if job.sigmas is None else torch.tensor(job.sigmas)
+
+
+def check_latents(latents: Tensor | None, prompts: PromptBank) -> None:
+    """Raises WanLiteError unless latent i [N, C, T, H, W] can belong to prompt i, or one prompt serves all."""
+    if latents is not None and len(prompts) not in (1, len(latents)):
+        raise WanLiteError(f"There are {len(latents)} latents and {len(prompts)} prompts.",
+                           "Latent i belongs to prompt i, or one prompt serves all of them.",
+                           "Give as many prompts as latents, in the same order, or a single prompt.")
+
+
+def plan_units(job: DistillJob, prompts: PromptBank, latents: Tensor | None, most: int | None = None) -> list[Unit]:
+    """The units of a job, in order. `most` limits them to what a time budget allows (two at least)."""
+    items = len(prompts) if latents is None else len(latents)
+    count = max(MIN_UNITS, items)
+    count = count if most is None else max(2, min(count, most))
+    by_prompt = len(prompts) >= HOLDOUT_PROMPTS and count >= HOLDOUT_PROMPTS
+    held_count = max(2, min(16, min(items, count) // 8)) if by_prompt else max(1, count // 8)
+    shared = min(items, count)
+    held = ({round((i + 0.5) * shared / held_count) % shared for i in range(held_count)} if by_prompt
+            else set(range(count - held_count, count)))
+    units = []
+    for index in range(count):
+        item = index % items
+        prompt = item if len(prompts) > 1 else 0
+        key = _unit_key(job, prompts, latents, prompt, item, index)
+        units.append(Unit(index=index, prompt=prompt, item=item, held=(item if by_prompt else index) in held, key=key))
+    return units
+
+
+def _unit_key(job: DistillJob, prompts: PromptBank, latents: Tensor | None, prompt: int, item: int, index: int) -> str:
+    data = None if latents is None else hashlib.sha256(latents[item].float().contiguous().numpy().tobytes()).hexdigest()
+    negative = hashlib.sha256(prompts.negative.float().numpy().tobytes()).hexdigest() if job.guided else None
+    decides = (VERSION, job.teacher, job.shift, job.shape, job.cfg, rollout_sigmas(job).tolist(), job.recipe.full_range,
+               job.train_seed, index, prompts.context_key(prompt), negative, data)
+    return hashlib.sha256(repr(decides).encode()).hexdigest()[:24]
+
+
+class TeacherCache:
+    """The units of one job under `root`: filled once, then read in any order."""
+
+    def __init__(self, root: Path, job: DistillJob, units: Sequence[Unit]) -> None:
+        self.root, self.job, self.units = root, job, tuple(units)
+        self.train = tuple(unit for unit in units if not unit.held)
+        self.held = tuple(unit for unit in units if unit.held)
+
+    def path(self, unit: Unit) -> Path:
+        return self.root / f"{unit.key}.safetensors"
+
+    def intact(self, unit: Unit) -> bool:
+        """Whether the file is there, is this unit's, and is whole."""
+        try:
+            with safe_open(self.path(unit), "pt") as stored:
+                return (stored.metadata() or {}).get("wanlite.unit") == unit.key
+        except (OSError, SafetensorError):
+            return False
+
+    def groups(self) -> list[tuple[Unit, ...]]:
+        """Units that go through the teacher together; the grouping is fixed, so a resumed cache is the same cache."""
+        size = max(1, TOKENS_AT_ONCE // tokens_of(self.job.shape))
+        return [self.units[i:i + size] for i in range(0, len(self.units), size)]
+
+    def fill(self, teacher: Teacher, prompts: PromptBank, latents: Tensor | None) -> Iterator[tuple[int, int]]:
+        """Asks the teacher for what is missing. Yields (forwards done, forwards in all) after each."""
+        groups, each = self.groups(), sum(state_counts(self.job))
+        for number, group in enumerate(groups):
+            if not all(self.intact(unit) for unit in group):
+                answers = _Answers(self.job, teacher, prompts.cond([unit.prompt for unit in group]),
+                                   prompts.negative_cond(len(group)) if self.job.guided else None)
+                for done, _ in enumerate(_visit(self.job, group, answers, latents), start=number * each + 1):
+                    yield done, len(groups) * each
+                for row, unit in enumerate(group):
+                    self._write(unit, answers.of(row))
+            yield (number + 1) * each, len(groups) * each
+
+    def _write(self, unit: Unit, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise WanLiteError(f"The teacher's answer for prompt {unit.prompt + 1} is not finite ({name}).", "",
+                                   "Check that the teacher samples a picture in a stock graph with the same cfg and shift.")
+        replace_file(self.path(unit), lambda path: save_file(tensors, path, metadata={"wanlite.unit": unit.key}))
+
+    def batch(self, step: int) -> Batch:
+        """The training batch of one step: a function of (train_seed, step, place in the batch) alone."""
+        units, states = [], []
+        path, renoised = state_counts(self.job)
+        for place in range(self.job.recipe.batch_size):
+            draw = seeded(self.job.train_seed, "draw", step, place)
+            unit = self.train[int(torch.randint(len(self.train), (), generator=draw))]
+            kind, where = torch.rand(2, generator=draw).tolist()
+            from_path = path > 0 and (renoised == 0 or kind >= self.job.recipe.renoised)
+            first, count = (0, path) if from_path else (path, renoised)
+            units.append(unit)
+            states.append(self._state(unit, first + int(where * count)))
+        return _collate(states, units)
+
+    def held_out(self, most: int = 48) -> Batch:
+        """Held-out states, evenly spread over sigma: on the teacher's path and re-noised."""
+        rows = sorted((sigma, unit.index, k) for unit in self.held for k, sigma in enumerate(self._sigmas(unit)))
+        count = min(most, len(rows))
+        chosen = [rows[int((i + 0.5) * len(rows) / count)] for i in range(count)]
+        units = [self.units[index] for _, index, _ in chosen]
+        return _collate([self._state(unit, k) for unit, (_, _, k) in zip(units, chosen)], units)
+
+    def _sigmas(self, unit: Unit) -> list[float]:
+        with safe_open(self.path(unit), "pt") as stored:
+            return stored.get_tensor("sigma").tolist()
+
+    def _state(self, unit: Unit, k: int) -> dict[str, Tensor]:
+        with safe_open(self.path(unit), "pt") as stored:
+            return {name: stored.get_slice(name)[k:k + 1].float() for name in stored.keys()}
+
+
+def state_counts(job: DistillJob) -> tuple[int, int]:
+    """How many states of a unit lie on the teacher's path, and how many are re-noised; the path comes first in the file."""
+    steps = len(rollout_sigmas(job)) - 1
+    if job.latents:
+        return 0, steps
+    return steps, 0 if job.recipe.renoised == 0 else max(1, steps // 2)
+
+
+class _Answers:
+    """Asks the teacher at one state of a whole group at a time and remembers; then hands out one unit's rows."""
+
+    def __init__(self, job: DistillJob, teacher: Teacher, positive: Cond, negative: Cond | None) -> None:
+        self.cfg, self.teacher, self.positive, self.negative = job.cfg, teacher, positive, negative
+        self.columns: dict[str, list[Tensor]] = {"x": [], "sigma": [], "v_pos": []} | ({"v_neg": []} if negative else {})
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """x [G, C, T, H, W], sigma [G] -> the guided velocity."""
+        v_pos, v_neg = guided_pair(self.teacher, x, sigma, self.positive, self.negative)
+        for name, value in (("x", x), ("sigma", sigma), ("v_pos", v_pos), ("v_neg", v_neg)):
+            if value is not None:
+                self.columns[name].append(value)
+        return v_pos if v_neg is None else flow.guided(v_neg, v_pos, self.cfg)
+
+    def of(self, row: int) -> dict[str, Tensor]:
+        """{x, v_pos, v_neg [K, C, T, H, W], sigma [K]} of one unit."""
+        stacked = {name: torch.stack([value[row] for value in values]) for name, values in self.columns.items()}
+        return {name: value.float() if name == "sigma" else value.to(STORED) for name, value in stacked.items()}
+
+
+def _visit(job: DistillJob, group: Sequence[Unit], answers: _Answers, latents: Tensor | None) -> Iterator[None]:
+    """Takes the group along the teacher's path, then to re-noised states; yields after each forward."""
+    path, renoised = state_counts(job)
+    if latents is None:
+        noise = torch.stack([torch.randn(job.shape, generator=seeded(job.train_seed, "rollout", u.index)) for u in group])
+        walk = flow.euler_steps(answers, noise, rollout_sigmas(job))
+        for _ in range(path):
+            next(walk)
+            yield
+        x0 = next(walk)[0]                                                           # [G, C, T, H, W]
+    else:
+        x0 = torch.stack([latents[u.item].float() for u in group])
+    draws = [seeded(job.train_seed, "renoise", u.index) for u in group]
+    sigmas = torch.stack([flow.sample_sigma(renoised, job.shift, job.recipe.full_range, draw) for draw in draws])    # [G, R]
+    for k in range(renoised):
+        noise = torch.stack([torch.randn(job.shape, generator=draw) for draw in draws])
+        answers(flow.add_noise(x0, noise, sigmas[:, k]), sigmas[:, k])
+        yield
+
+
+def _collate(states: Sequence[dict[str, Tensor]], units: Sequence[Unit]) -> Batch:
+    columns = {name: torch.cat([state[name] for state in states]) for name in states[0]}
+    return Batch(x=columns["x"], sigma=columns["sigma"], v_pos=columns["v_pos"], v_neg=columns.get("v_neg"),
+                 prompts=tuple(unit.prompt for unit in units))

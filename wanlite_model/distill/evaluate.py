@@ -1,0 +1,74 @@
+"""How far a student is from its teacher, on states that were never trained on."""
+from __future__ import annotations
+
+from collections.abc import Collection, Generator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import flow
+from ..prompts import PromptBank
+from ..transformer import WanLiteStudent
+from .data import TOKENS_AT_ONCE, Batch, tokens_of
+from .job import DistillJob
+
+BUCKETS = 4                     # of sigma: [0, .25), [.25, .5), [.5, .75), [.75, 1]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Held:
+    """Held-out error of one set of weights.
+
+    error: sum |v_s - v_w|^2 / sum |v_w|^2 over all states; buckets: the same per quarter of sigma (nan without a state there);
+    closure: 1 - sum |v_s - v_w|^2 / sum |v_pos - v_w|^2, how much of the teacher's guidance is in the student (nan without guidance).
+    """
+    error: float
+    buckets: tuple[float, ...]
+    closure: float
+    states: int
+
+
+def student_velocity(student: WanLiteStudent, x: Tensor, sigma: Tensor, context: Tensor, features: Collection[int] | None = None):
+    """The student's velocity [B, C, T, H, W] in float32, in bf16 autocast on a GPU, as it will be run.
+
+    features: blocks whose outputs are wanted too; then (velocity, {block: [B, N, D]}) is returned.
+    """
+    device = next(student.parameters()).device
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+        arguments = x.to(device), flow.TIMESTEPS * sigma.to(device), context.to(device)
+        return student(*arguments) if features is None else student(*arguments, return_features=features)
+
+
+def guided_student_velocity(student: WanLiteStudent, x: Tensor, sigma: Tensor, prompts: PromptBank, which: tuple[int, ...],
+                            job: DistillJob) -> Tensor:
+    """The student's velocity as it will be sampled: at cfg 1, or with its own guidance where guidance was kept."""
+    v_pos = student_velocity(student, x, sigma, prompts.cond(which).context)
+    if job.student_cfg == 1:
+        return v_pos
+    return flow.guided(student_velocity(student, x, sigma, prompts.negative_cond(len(x)).context), v_pos, job.student_cfg)
+
+
+def evaluate(student: WanLiteStudent, held: Batch, prompts: PromptBank, job: DistillJob) -> Generator[tuple[int, int], None, Held]:
+    """Yields (states done, states in all) after each forward; returns Held. The student is left in the mode it was in."""
+    size = max(1, TOKENS_AT_ONCE // tokens_of(job.shape) // 2)
+    errors, scales, gaps = [], [], []
+    for start in range(0, len(held.x), size):
+        with torch.inference_mode(False), torch.no_grad():
+            part = held[start:start + size]
+            target = part.guided(job.cfg)
+            v = guided_student_velocity(student, part.x, part.sigma, prompts, part.prompts, job).cpu()
+            errors.append((v - target).square().flatten(1).double().mean(1))
+            scales.append(target.square().flatten(1).double().mean(1))
+            gaps.append((part.v_pos - target).square().flatten(1).double().mean(1))
+        yield min(start + size, len(held.x)), len(held.x)
+    return _summary(torch.cat(errors), torch.cat(scales), torch.cat(gaps), held.sigma)
+
+
+def _summary(error: Tensor, scale: Tensor, gap: Tensor, sigma: Tensor) -> Held:
+    def ratio(top: Tensor, bottom: Tensor) -> float:
+        return float(top.sum() / bottom.sum()) if bottom.sum() > 0 else float("nan")
+
+    bucket = (sigma * BUCKETS).long().clamp(0, BUCKETS - 1)
+    per_bucket = tuple(ratio(error[bucket == b], scale[bucket == b]) for b in range(BUCKETS))
+    return Held(error=ratio(error, scale), buckets=per_bucket, closure=1 - ratio(error, gap), states=len(error))

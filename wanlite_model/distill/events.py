@@ -1,0 +1,64 @@
+"""What a running job tells. Nodes turn these into progress bars, a command line into text, a test into a list."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..compress.handle import StudentHandle
+from .evaluate import Held
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """A stage before or between the steps, at unit `done` of `total`."""
+    name: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One optimizer step, done. `step` counts from 1; loss is the batch's relative squared velocity error; seconds of this step."""
+    step: int
+    total: int
+    loss: float
+    grad_norm: float
+    lr: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Eval:
+    """A held-out evaluation of the averaged weights after `step`, beside the plain cut's."""
+    step: int
+    held: Held
+    plain_cut: Held
+    best: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """What the student draws for a held-out prompt after `step`: latents [1, C, T, H, W] in processed space."""
+    step: int
+    latents: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saved:
+    """A complete checkpoint is on disk: a later run goes on from `step`."""
+    step: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """The end: the best student, written; a report in plain words; the losses of all steps and (step, error) of all evaluations."""
+    handle: StudentHandle
+    report: str
+    losses: tuple[float, ...]
+    evaluations: tuple[tuple[int, float], ...]
+    plain_cut: float
+
+
+Event = Stage | Step | Eval | Sample | Saved | Finished

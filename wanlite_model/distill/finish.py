@@ -1,0 +1,74 @@
+"""The end of a run: the best student written, what it is worth in plain words, and the same again from disk."""
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, replace
+
+from ..compress.handle import StudentHandle
+from ..formats.card import StudentCard
+from ..formats.write import write_student
+from ..teacher import Teacher, fingerprint_tensors
+from .checkpoint import RunFolder, TrainState
+from .evaluate import Held
+from .events import Finished
+from .job import DistillJob
+
+PIXELS, FRAMES = 8, 4           # of video behind one latent, along a side and in time (WAN 2.1's VAE)
+
+
+def write_finished(job: DistillJob, files: RunFolder, start: StudentHandle, teacher: Teacher, state: TrainState, plain: Held,
+                   started: Held, planned: int) -> Finished:
+    """Writes the best student into the run folder and notes the end, so that the same job returns at once."""
+    best = next((row for row in files.rows("eval") if row["step"] == state.best_step), None)
+    held = started if best is None else Held(error=best["error"], buckets=tuple(best["buckets"]), closure=best["closure"], states=best["states"])
+    card = _card(job, start, teacher, held, plain, state)
+    weights = files.load_best()
+    write_student(files.student, config=start.config, tensors=weights.items(), card=card, overwrite=True)
+    handle = replace(start, folder=str(files.student), fingerprint=fingerprint_tensors(weights.items()), card=card)
+    files.note("finished", {"handle": handle.to_json(), "report": _report(job, held, plain, started, state, planned),
+                            "plain_cut": plain.error})
+    return finished_from_disk(files)
+
+
+def finished_from_disk(files: RunFolder) -> Finished | None:
+    """What the run ended with, or None while it has not."""
+    noted = files.noted("finished")
+    if noted is None or not files.student.exists():
+        return None
+    return Finished(handle=StudentHandle.from_json({**noted["handle"], "folder": str(files.student)}), report=noted["report"],
+                    losses=tuple(row["loss"] for row in files.rows("step")), plain_cut=noted["plain_cut"],
+                    evaluations=tuple((row["step"], row["error"]) for row in files.rows("eval")))
+
+
+def _card(job: DistillJob, start: StudentHandle, teacher: Teacher, held: Held, plain: Held, state: TrainState) -> StudentCard:
+    steps = job.recipe.teacher_steps if job.sigmas is None else len(job.sigmas) - 1
+    _, frames, height, width = job.shape
+    recipe = {name: value for name, value in asdict(job.recipe).items() if not isinstance(value, str)}
+    recipe |= {"cfg": job.cfg, "fold_guidance": int(job.fold_guidance), "train_steps": state.step, "train_seed": job.train_seed,
+               "feature_kd": int(job.recipe.objective == "velocity + features"), "user_latents": int(bool(job.latents))}
+    return StudentCard(steps=steps, cfg=job.student_cfg, shift=job.shift, keep=start.plan.keep,
+                       size=(PIXELS * width, PIXELS * height, FRAMES * (frames - 1) + 1), ffn_dim=start.config.ffn_dim,
+                       teacher=f"{teacher.config.model_type}, {teacher.config.num_layers} blocks of {teacher.config.dim}, FFN {teacher.config.ffn_dim}",
+                       teacher_fingerprint=teacher.fingerprint, recipe=recipe,
+                       measured={"held_out_error": held.error, "plain_cut_error": plain.error, "best_step": state.best_step})
+
+
+def _report(job: DistillJob, held: Held, plain: Held, started: Held, state: TrainState, planned: int) -> str:
+    """Held-out numbers first; a falling training loss proves nothing."""
+    target = f"the teacher at cfg {job.cfg:g}"
+    gain = plain.error / held.error if held.error > 0 else math.inf
+    lines = [
+        f"Held-out velocity error against {target}: {held.error:.4f} (start {started.error:.4f}, plain cut {plain.error:.4f}): "
+        f"{gain:.1f} times below the plain cut of the same size. 0 would be the teacher itself.",
+        "By sigma, from clean to noise: " + ", ".join("-" if math.isnan(b) else f"{b:.4f}" for b in held.buckets)
+        + " (plain cut " + ", ".join("-" if math.isnan(b) else f"{b:.4f}" for b in plain.buckets) + ").",
+        f"Best of {state.step} steps ({planned} planned) was step {state.best_step}; that one was kept.",
+        f"Sample with euler, simple, {job.recipe.teacher_steps if job.sigmas is None else len(job.sigmas) - 1} steps, "
+        f"cfg {job.student_cfg:g}, shift {job.shift:g}.",
+    ]
+    if job.fold_guidance and job.guided:
+        lines.insert(2, f"Guidance folded in: {held.closure:.0%} of the way from the unguided to the guided teacher. "
+                        "The negative prompt has no effect on this student.")
+    if state.best_step == 0:
+        lines.append("No evaluation was better than the start: train longer, or lower the learning rate.")
+    return "\n".join(lines)

@@ -1,0 +1,121 @@
+"""Everything that decides what a distillation ends with: frozen values that are valid once built, and JSON."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from ..errors import WanLiteError
+
+Objective = Literal["velocity", "velocity + features"]
+OBJECTIVES: tuple[Objective, ...] = ("velocity", "velocity + features")
+MIN_UNITS = 16                  # rollouts a job caches at least, however few prompts there are
+HOLDOUT_PROMPTS = 8             # from this many prompts on, whole prompts are held out
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Expert settings of a job. Raises WanLiteError outside the ranges that make sense.
+
+    objective: velocity KD alone, or with the teacher's block features (fading out over the job; needs the teacher in memory).
+    learning_rate: AdamW's peak, after `warmup` steps, then a cosine to a tenth. batch_size: states a step. ema_decay: of the weights
+    that are evaluated and kept. teacher_steps: Euler steps of a cached teacher rollout. renoised: share of the training states that are
+    re-noised clean latents instead of states on the teacher's path. full_range: share of those whose sigma is uniform, not shifted.
+    evaluations: how often the held-out error is measured. save_every: minutes between checkpoints.
+    """
+    objective: Objective = "velocity"
+    learning_rate: float = 1e-4
+    batch_size: int = 4
+    warmup: int = 50
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    ema_decay: float = 0.99
+    teacher_steps: int = 20
+    renoised: float = 0.5
+    full_range: float = 0.25
+    evaluations: int = 8
+    save_every: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise WanLiteError(f"objective is {self.objective!r}.", f"WanLite knows {' and '.join(map(repr, OBJECTIVES))}.")
+        ranges = {"learning_rate": (1e-7, 0.1), "batch_size": (1, 1024), "warmup": (0, 10_000), "max_grad_norm": (1e-3, 1e3),
+                  "weight_decay": (0, 1), "ema_decay": (0, 0.99999), "teacher_steps": (1, 1000), "renoised": (0, 1),
+                  "full_range": (0, 1), "evaluations": (1, 1000), "save_every": (0.1, 1e6)}
+        _check_ranges(self, ranges)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillJob:
+    """One distillation, whole.
+
+    student, teacher, prompts, latents: fingerprints; latents is empty for a data-free job. shape: (C, T, H, W) of a training sample in
+    latent units. shift: the deployment shift. cfg: the teacher's guidance scale; folded into the student with `fold_guidance`,
+    which then runs at cfg 1. sigmas: the path of the teacher's rollouts from 1 to 0; None is the `simple` schedule. steps: 0 lets
+    `minutes` (of the whole job) decide.
+    """
+    student: str
+    teacher: str
+    prompts: str
+    latents: str = ""
+    shape: tuple[int, int, int, int]
+    shift: float
+    cfg: float = 5.0
+    fold_guidance: bool = True
+    sigmas: tuple[float, ...] | None = None
+    steps: int = 0
+    minutes: float = 30.0
+    train_seed: int = 0
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, {"cfg": (1, 100), "steps": (0, 10_000_000), "minutes": (0.1, 1e6), "shift": (0.01, 1000)})
+        if self.sigmas is not None:
+            path = self.sigmas
+            if len(path) < 2 or path[-1] != 0 or not all(1 >= a > b for a, b in zip(path, path[1:])):
+                raise WanLiteError(f"The sigmas run from {path[:1]} to {path[-1:]}.", "They must fall from at most 1 to 0.",
+                                   "Use BasicScheduler with denoise 1, or leave the input open.")
+
+    @property
+    def guided(self) -> bool:
+        """Whether the teacher is asked for its negative prompt too."""
+        return self.cfg != 1
+
+    @property
+    def student_cfg(self) -> float:
+        """The guidance scale that the student is to be sampled with."""
+        return 1.0 if self.fold_guidance else self.cfg
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> DistillJob:
+        """Raises WanLiteError when the value was not written by to_json of this version."""
+        if set(value) != {f.name for f in fields(cls)}:
+            raise WanLiteError("The run's job.json was written by another version of WanLite.", "", "Type a new run name.")
+        sigmas = value["sigmas"]
+        return cls(**{**value, "shape": tuple(value["shape"]), "sigmas": None if sigmas is None else tuple(sigmas),
+                      "recipe": Recipe(**value["recipe"])})
+
+
+# Intervals and the like: changing them on a run that exists changes what it shows, not what it becomes.
+FREE = ("recipe.save_every",)
+
+
+def differences(old: DistillJob, new: DistillJob) -> list[str]:
+    """'name=old, not new' for each value that decides the weights and differs."""
+    before, after = _flat(old.to_json()), _flat(new.to_json())
+    return [f"{name}={before[name]}, not {after[name]}" for name in before if name not in FREE and before[name] != after[name]]
+
+
+def _flat(value: Mapping[str, Any]) -> dict[str, Any]:
+    recipe = {f"recipe.{name}": item for name, item in value["recipe"].items()}
+    return {**{name: item for name, item in value.items() if name != "recipe"}, **recipe}
+
+
+def _check_ranges(value: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
+    for name, (low, high) in ranges.items():
+        given = getattr(value, name)
+        if not low <= given <= high:
+            raise WanLiteError(f"{name} is {given}.", f"It must lie between {low} and {high}.")

@@ -1,0 +1,325 @@
+"""A distillation from start to end, as a generator of events.
+
+Close it to stop (everything finished so far is kept, and the same job goes on from there); let it run to its end, or say so through
+`should_finish`, to get the best student. No gradient or inference mode is held while the consumer has control.
+"""
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from .. import flow
+from ..compress.apply import plain_cut
+from ..compress.handle import StudentHandle
+from ..errors import WanLiteError
+from ..formats.read import open_wan
+from ..prompts import PromptBank
+from ..teacher import Cond, Teacher, pad_together
+from ..transformer import WanLiteStudent
+from . import objectives
+from .checkpoint import RunFolder, TrainState
+from .data import Batch, TeacherCache, check_latents, plan_units, rollout_sigmas, seeded, tokens_of
+from .evaluate import Held, evaluate, guided_student_velocity, student_velocity
+from .events import Eval, Event, Sample, Saved, Stage, Step
+from .finish import finished_from_disk, write_finished
+from .job import DistillJob
+from .optim import WeightAverage, lr_at, make_optimizer
+
+log = logging.getLogger(__name__)
+
+CACHE_SHARE = 0.4               # of a job's minutes may go into asking the teacher
+TOKENS_A_PASS = 8192            # of a batch that go through the student at once; more are accumulated
+CHECKPOINT_TOKENS = 2048        # from this sample size on, blocks are computed twice to save memory
+TIMED_STEPS = 3
+
+
+def trains(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For functions that make or change weights: ComfyUI runs nodes in inference mode, whose tensors can never be trained."""
+    @functools.wraps(function)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.enable_grad():
+            return function(*args, **kwargs)
+    return outside
+
+
+def run(job: DistillJob, folder: Path, cache_root: Path, teacher: Teacher, student: StudentHandle, prompts: PromptBank,
+        latents: Tensor | None = None, should_finish: Callable[[], bool] = lambda: False, samples: bool = False) -> Iterator[Event]:
+    """Distils `student` from `teacher` into the run folder; teacher answers are kept under `cache_root`.
+
+    latents [N, C, T, H, W] in processed space are optional training data. samples: draw one at each evaluation. Ends with Finished.
+    Raises WanLiteError when the job cannot start, when the folder is another job's, or when the loss is not finite.
+    """
+    return Run(job, RunFolder(folder), cache_root, teacher, student, prompts, latents, should_finish, samples).events()
+
+
+@dataclass
+class Run:
+    """The parts of one run, and its story in `events`."""
+    job: DistillJob
+    files: RunFolder
+    cache_root: Path
+    teacher: Teacher
+    handle: StudentHandle
+    prompts: PromptBank
+    latents: Tensor | None
+    should_finish: Callable[[], bool]
+    samples: bool
+
+    def events(self) -> Iterator[Event]:
+        self._check()
+        self.began = time.monotonic()
+        features = self.job.recipe.objective == "velocity + features"
+        self.pairs = objectives.feature_pairs(self.handle.plan.keep, self.teacher.config.num_layers) if features else []
+        with self.files.opened(self.job, {"teacher": self.teacher.name, "prompts": len(self.prompts)}):
+            if (ended := finished_from_disk(self.files)) is not None:
+                yield ended
+                return
+            self.cache = yield from self._fill_cache()
+            self.held = self.cache.held_out()
+            yield Stage(name="loading the student", done=0, total=1)
+            self.state = self._fresh_state()
+            self.plain, self.start = yield from self._baseline()
+            resumed = self._restore()
+            self.steps, self.every = yield from self._plan()
+            if not resumed:
+                self._keep_if_best(self.start.error)
+            yield from self._train()
+            yield Stage(name="writing the student", done=0, total=1)
+            yield write_finished(self.job, self.files, self.handle, self.teacher, self.state, self.plain, self.start, self.steps)
+
+    def _check(self) -> None:
+        check_latents(self.latents, self.prompts)
+        given = {"student": self.handle.fingerprint, "teacher": self.teacher.fingerprint, "prompts": self.prompts.fingerprint}
+        for name, fingerprint in given.items():
+            if getattr(self.job, name) != fingerprint:
+                raise WanLiteError(f"The job was made for {name} {getattr(self.job, name)} and was given {fingerprint}.", "",
+                                   "Build the job from the parts it is run with.")
+        channels, _, height, width = self.job.shape
+        if channels != self.teacher.config.out_dim:
+            raise WanLiteError(f"The latents have {channels} channels; this teacher's have {self.teacher.config.out_dim}.", "",
+                               "Make them with WAN's empty latent node, or encode pictures with WAN's VAE.")
+        if height % 2 or width % 2:
+            raise WanLiteError(f"The latents are {width} x {height}.", "WAN needs an even width and height in latents.",
+                               "Choose a width and a height that are multiples of 16 pixels.")
+
+    def _fill_cache(self) -> Generator[Event, None, TeacherCache]:
+        """How many units the minutes allow is measured on the first group, and noted before the others are asked for."""
+        def cache(units: int | None) -> TeacherCache:
+            return TeacherCache(self.cache_root, self.job, plan_units(self.job, self.prompts, self.latents, units))
+
+        noted = self.files.noted("units")
+        if self.job.steps == 0 and noted is None:
+            whole = cache(None)
+            first = whole.groups()[0]
+            begun, fresh = time.monotonic(), sum(not whole.intact(unit) for unit in first)
+            yield from self._ask(TeacherCache(self.cache_root, self.job, first))
+            each = (time.monotonic() - begun) / max(fresh, 1)
+            affordable = int((CACHE_SHARE * 60 * self.job.minutes - self._seconds()) / max(each, 1e-3))
+            noted = len(whole.units) if fresh == 0 else min(len(whole.units), max(2, len(first) + affordable))
+            self.files.note("units", noted)
+        filled = cache(noted)
+        yield from self._ask(filled)
+        return filled
+
+    def _ask(self, cache: TeacherCache) -> Iterator[Stage]:
+        for done, total in cache.fill(self.teacher, self.prompts, self.latents):
+            yield Stage(name="asking the teacher", done=done, total=total)
+
+    @trains
+    def _fresh_state(self) -> TrainState:
+        module = WanLiteStudent.from_pretrained(self.handle.folder, torch_dtype=torch.float32, device=self.teacher.device).train()
+        if tokens_of(self.job.shape) >= CHECKPOINT_TOKENS:
+            module.enable_gradient_checkpointing()
+        return TrainState(student=module, average=WeightAverage(module, self.job.recipe.ema_decay),
+                          optimizer=make_optimizer(module, self.job.recipe))
+
+    @trains
+    def _restore(self) -> bool:
+        resumed = self.files.restore(self.state)
+        self.files.forget_after(self.state.step)
+        return resumed
+
+    def _baseline(self) -> Generator[Event, None, tuple[Held, Held]]:
+        """The held-out error of the plain cut (the same size, sliced, untrained) and of the start; computed once a run."""
+        noted = self.files.noted("baseline")
+        if noted is None:
+            start = yield from self._evaluate("evaluating the start")
+            self._load(plain_cut(self.teacher, self.handle.config))
+            plain = yield from self._evaluate("evaluating the plain cut")
+            with open_wan(Path(self.handle.folder)) as source:
+                self._load(source.tensors())
+            noted = {"plain_cut": asdict(plain), "start": asdict(start)}
+            self.files.note("baseline", noted)
+        return _held(noted["plain_cut"]), _held(noted["start"])
+
+    @trains
+    def _load(self, tensors: Any) -> None:
+        with torch.no_grad():
+            own = self.state.student.state_dict()
+            for name, value in tensors:
+                own[name].copy_(value)
+
+    def _evaluate(self, name: str) -> Generator[Event, None, Held]:
+        measuring = evaluate(self.state.student, self.held, self.prompts, self.job)
+        while True:
+            try:
+                done, total = next(measuring)
+            except StopIteration as end:
+                return end.value
+            yield Stage(name=name, done=done, total=total)
+
+    def _plan(self) -> Generator[Event, None, tuple[int, int]]:
+        """Steps and the interval between evaluations: once, before step 0, from the speed measured here and now."""
+        noted = self.files.noted("plan")
+        if noted is None:
+            steps = self.job.steps
+            if steps == 0:
+                seconds = []
+                for i in range(TIMED_STEPS):
+                    yield Stage(name="measuring the speed", done=i, total=TIMED_STEPS)
+                    begun = time.monotonic()
+                    self._backward(0, 1)
+                    seconds.append(time.monotonic() - begun)
+                begun = time.monotonic()
+                yield from self._evaluate("measuring the speed")
+                evaluating = (time.monotonic() - begun) * self.job.recipe.evaluations
+                left = 60 * self.job.minutes - self._seconds() - evaluating
+                steps = max(10, int(0.95 * left / sorted(seconds)[len(seconds) // 2]))
+            noted = {"steps": steps, "evaluate_every": max(1, steps // self.job.recipe.evaluations)}
+            self.files.note("plan", noted)
+        return noted["steps"], noted["evaluate_every"]
+
+    def _train(self) -> Iterator[Event]:
+        """The loop. Whatever ends it, the last complete step is on disk afterwards."""
+        saved, saved_at, state = self.state.step, time.monotonic(), self.state
+        try:
+            while state.step < self.steps and not self._over():
+                step = self._step()
+                self.files.log(kind="step", step=step.step, loss=step.loss, grad_norm=step.grad_norm, lr=step.lr, seconds=step.seconds)
+                yield step
+                finishing = state.step == self.steps or self._over()
+                if state.step % self.every == 0 or finishing:
+                    yield from self._measure()
+                if time.monotonic() - saved_at >= 60 * self.job.recipe.save_every:
+                    size = self.files.save(state)
+                    saved, saved_at = state.step, time.monotonic()
+                    yield Saved(step=state.step, bytes=size)
+        finally:
+            if state.step > saved:
+                self.files.save(state)
+
+    def _over(self) -> bool:
+        """The user said so, or a job that was given minutes and not steps has used them up."""
+        return self.should_finish() or (self.job.steps == 0 and self._seconds() > 60 * self.job.minutes)
+
+    def _seconds(self) -> float:
+        """Seconds that this session of the run has taken."""
+        return time.monotonic() - self.began
+
+    @trains
+    def _step(self) -> Step:
+        """One optimizer step. Everything random in it is a function of (train_seed, step)."""
+        begun, state, recipe = time.monotonic(), self.state, self.job.recipe
+        state.optimizer.zero_grad(set_to_none=True)
+        loss = self._backward(state.step, self.steps)
+        norm = clip_grad_norm_(state.student.parameters(), recipe.max_grad_norm)
+        if not torch.isfinite(loss + norm):
+            raise WanLiteError(f"The loss is not finite at step {state.step + 1}.", "The weights were left as they were before it.",
+                               "Lower the learning rate and type a new run name.")
+        lr = lr_at(state.step, self.steps, recipe)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        state.optimizer.step()
+        state.average.update(state.student, state.step)
+        state.step += 1
+        return Step(step=state.step, total=self.steps, loss=float(loss), grad_norm=float(norm), lr=lr, seconds=time.monotonic() - begun)
+
+    @trains
+    def _backward(self, step: int, total: int) -> Tensor:
+        """Gradients of one batch, in parts that fit; into which parts changes nothing but rounding. Returns the loss."""
+        batch = self.cache.batch(step)
+        contexts, targets = self._targets(batch, step)
+        size = max(1, TOKENS_A_PASS // tokens_of(self.job.shape))
+        summed = torch.zeros((), device=self.teacher.device)
+        for start in range(0, len(batch.x), size):
+            part = slice(start, start + size)
+            velocity, features = self._forward(batch[part], contexts[part])
+            loss = objectives.velocity_loss(velocity, targets[part].to(velocity.device)).mean()
+            if self.pairs:
+                loss = loss + (1 - step / total) * objectives.feature_loss(features, self._teacher_features(batch[part], contexts[part]), self.pairs)
+            loss = loss * (len(velocity) / len(batch.x))
+            loss.backward()
+            summed += loss.detach()
+        return summed
+
+    def _forward(self, part: Batch, context: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        return student_velocity(self.state.student, part.x, part.sigma, context, features=[mine for mine, _ in self.pairs])
+
+    def _teacher_features(self, part: Batch, context: Tensor) -> dict[int, Tensor]:
+        """{teacher block: what it hands on [B, N, D]}; the teacher is asked here and now, features are too large to keep on disk."""
+        seen: dict[int, Tensor] = {}
+        self.teacher.velocity(part.x, part.sigma, Cond(context=context), taps={
+            f"blocks.{its}": lambda _, answered, its=its: seen.update({its: answered.detach().clone()}) for _, its in self.pairs})
+        return seen
+
+    def _targets(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+        """(contexts [B, L, 4096], velocities [B, C, T, H, W]) to learn.
+
+        With guidance folded in, the prompts and the guided velocity. With guidance kept, each state is either the prompt's or, by a
+        coin that is a function of (train_seed, step), the negative's: sampling with cfg needs both.
+        """
+        prompts = self.prompts.cond(batch.prompts).context
+        if self.job.student_cfg == 1:
+            return prompts, batch.guided(self.job.cfg)
+        negative = torch.rand(len(batch.x), generator=seeded(self.job.train_seed, "coin", step)) < 0.5     # [B]
+        both = pad_together(prompts, self.prompts.negative_cond(len(batch.x)).context).unflatten(0, (2, -1))   # [2, B, L, D]
+        contexts = torch.where(negative.view(-1, 1, 1), both[1], both[0])
+        return contexts, torch.where(negative.view(-1, 1, 1, 1, 1), batch.v_neg, batch.v_pos)
+
+    def _measure(self) -> Iterator[Event]:
+        """Evaluates the averaged weights, keeps them when they are the best so far, and draws a sample when asked to."""
+        state = self.state
+        with state.average.in_place_of(state.student):
+            held = yield from self._evaluate("evaluating")
+            latents = (yield from self._draw()) if self.samples else None
+        best = self._keep_if_best(held.error)
+        self.files.log(kind="eval", step=state.step, best=best, **asdict(held))
+        yield Eval(step=state.step, held=held, plain_cut=self.plain, best=best)
+        if latents is not None:
+            yield Sample(step=state.step, latents=latents)
+
+    def _keep_if_best(self, error: float) -> bool:
+        state = self.state
+        if not error < state.best_error:
+            return False
+        state.best_error, state.best_step = error, state.step
+        self.files.save_best(state)
+        return True
+
+    def _draw(self) -> Generator[Event, None, Tensor]:
+        """A sample of the first held-out prompt as the student will be used: latents [1, C, T, H, W]."""
+        which = (self.cache.held[0].prompt,)
+        noise = torch.randn(1, *self.job.shape, generator=seeded(self.job.train_seed, "sample"))
+        sigmas = rollout_sigmas(self.job)
+
+        def velocity_of(x: Tensor, sigma: Tensor) -> Tensor:
+            with torch.no_grad():
+                return guided_student_velocity(self.state.student, x, sigma, self.prompts, which, self.job).cpu()
+
+        x = noise
+        for done, (x, _, _) in enumerate(flow.euler_steps(velocity_of, noise, sigmas)):
+            yield Stage(name="drawing a sample", done=done, total=len(sigmas) - 1)
+        return x
+
+
+def _held(noted: dict[str, Any]) -> Held:
+    return Held(**{**noted, "buckets": tuple(noted["buckets"])})
