@@ -32,11 +32,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
-    """On CI a skipped test is a failed one: run.py has set up all that the tests need, except a GPU."""
     report = yield
-    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("CI") and not item.get_closest_marker("gpu"):
-        report.outcome, report.longrepr = "failed", f"Skipped on CI, where nothing may be missing: {report.longrepr}"
+    if not item.get_closest_marker("gpu") and not hasattr(report, "wasxfail"):
+        fail_if_skipped_on_ci(report)
     return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector):
+    report = yield
+    fail_if_skipped_on_ci(report)
+    return report
+
+
+def fail_if_skipped_on_ci(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """run.py has set up all that the tests need, except a GPU: what is skipped on CI would hide a missing piece."""
+    if report.skipped and os.environ.get("CI"):
+        report.outcome, report.longrepr = "failed", f"Skipped on CI, where nothing may be missing: {report.longrepr}"
 
 
 @pytest.fixture(scope="session")
