@@ -26,9 +26,10 @@ def test_without_the_helper_the_repository_would_hide_comfyuis_nodes(comfyui_fol
     assert origin_of_nodes(hiding + FIND_NODES, str(comfyui_folder)).is_relative_to(ROOT / "nodes")
 
 
-def test_importing_the_wrong_nodes_first_is_refused(comfyui_folder):
-    code = "import nodes, types; " + SETTING_UP
-    run = subprocess.run([sys.executable, "-c", code, str(comfyui_folder)], cwd=ROOT, capture_output=True, text=True)
+def test_importing_the_wrong_nodes_first_is_refused(comfyui_folder, tmp_path):
+    (tmp_path / "nodes.py").write_text("", encoding="utf-8")
+    code = "import sys; sys.path.insert(0, sys.argv[2]); import nodes; " + SETTING_UP
+    run = subprocess.run([sys.executable, "-c", code, str(comfyui_folder), str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode != 0
     assert "`nodes` is already imported" in run.stderr
 
