@@ -14,7 +14,10 @@ sys.path.insert(0, str(ROOT))
 import run  # noqa: E402
 from demo.comfy_path import import_pack, put_comfyui_first  # noqa: E402
 
-COMFYUI = run.find_comfyui()
+try:
+    COMFYUI = run.find_comfyui()
+except run.SetupError as error:
+    raise pytest.UsageError(str(error)) from None
 if COMFYUI is None:
     raise pytest.UsageError("The tests need a ComfyUI, and none is set up. Run: python run.py test")
 put_comfyui_first(COMFYUI)
