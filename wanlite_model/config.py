@@ -165,7 +165,7 @@ def count_blocks(names: Mapping[str, Any]) -> int:
 def _agreed(named: Mapping[str, Any]) -> Any:
     """The value that all names of one number give, None where none does; disagreement is an error."""
     found = [(name, value) for name, value in named.items() if value is not None]
-    if any(value != found[0][1] for _, value in found):
+    if any(value != found[0][1] for _, value in found[1:]):
         raise WanLiteError(f"The config contradicts itself: {' and '.join(f'{name}={value}' for name, value in found)}.",
                            "These are names of one number.", "Correct the one that does not match the weights.")
     return found[0][1] if found else None

@@ -1,13 +1,8 @@
 """One saved folder, four readers who never heard of each other: the same velocity from ComfyUI, Wan-Video, diffusers and WanLite."""
-import importlib.util
-import sys
-import types
-from pathlib import Path
-
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers_tiny import random_wan
+from helpers_wan_video import wan_video
 
 from wanlite_model.formats.read import open_wan
 from wanlite_model.formats.write import write_student
@@ -50,25 +45,6 @@ def by_wanlite(folder, x, t, context):
     return WanLiteStudent.from_pretrained(folder)(x, t, context)
 
 
-def wan_video():
-    """Wan-Video's model file alone: its package imports much that is not installed, and its attention runs on CUDA only."""
-    name = "wan_video_reference"
-    if name not in sys.modules:
-        folder = Path(importlib.util.find_spec("wan").submodule_search_locations[0]) / "modules"
-        package = types.ModuleType(name)
-        package.__path__ = [str(folder)]
-        sys.modules[name] = package
-    module = importlib.import_module(f"{name}.model")
-    module.flash_attention = sdpa
-    return module
-
-
-def sdpa(q, k, v, k_lens=None, window_size=(-1, -1)):
-    """What flash_attention computes for samples of full length: q, k, v [B, L, heads, d]."""
-    assert window_size == (-1, -1) and (k_lens is None or all(int(n) == k.shape[1] for n in k_lens))
-    return F.scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in (q, k, v))).transpose(1, 2)
-
-
 def difference(a, b):
     return float((a - b).abs().max() / b.abs().max())
 
@@ -85,6 +61,7 @@ def saved(request, tmp_path_factory):
     return folder, inputs(*size), velocity
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available or torch_xla is imported")      # Wan-Video names autocast's device
 @pytest.mark.parametrize("reader", [by_comfyui, by_diffusers, by_wan_video, by_wanlite])
 def test_the_folder_gives_the_same_velocity(comfyui, saved, reader):
     folder, given, velocity = saved
