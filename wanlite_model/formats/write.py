@@ -116,6 +116,7 @@ def _write_model(file: Path, config: WanConfig, tensors: Iterable[tuple[str, Ten
     with Writer(part, shapes, metadata) as writer:
         for name, tensor in tensors:
             writer.write(name, tensor, dtype)
+            del tensor                                  # before the next one is made: one at a time
         size = writer.finish()
     part.rename(file)
     with safe_open(file, framework="pt") as reference:  # the library every reader uses must agree with our own writer
