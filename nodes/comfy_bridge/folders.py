@@ -1,0 +1,88 @@
+"""Where things lie in this ComfyUI: the names a combo offers, and the paths behind them. Never a free path."""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+MODELS = "diffusion_models"
+SAFE = (".safetensors", ".sft")
+NONE = "none"
+
+
+def output_folder(*parts: str) -> Path:
+    """A folder of WanLite's own below ComfyUI's output folder; not made here."""
+    return Path(folder_paths.get_output_directory(), "wanlite", *parts)
+
+
+def models_folder() -> Path:
+    """Where new models are saved: the scanned folder that is called diffusion_models (the first one listed is models/unet)."""
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths(MODELS)]
+    return next((folder for folder in folders if folder.name == MODELS), folders[0])
+
+
+def model_names() -> list[str]:
+    """Safetensors files below the model folders as stock loaders name them, and WAN or diffusers folders with a slash at the end."""
+    files = [name for name in folder_paths.get_filename_list(MODELS) if name.lower().endswith(SAFE)]
+    parents = sorted({os.path.dirname(name) for name in files} - {""})
+    return [f"{parent.replace(os.sep, '/')}/" for parent in parents if _config_of(parent)] + files
+
+
+def model_path(name: str) -> Path | None:
+    """The file or folder behind one of model_names(), or None when it is gone."""
+    if name.endswith("/"):
+        config = _config_of(name.rstrip("/"))
+        return config.parent if config else None
+    found = folder_paths.get_full_path(MODELS, name)
+    return Path(found) if found else None
+
+
+def stock_name(path: Path) -> str:
+    """What the stock Load Diffusion Model calls this file; its bare name outside the model folders."""
+    for folder in folder_paths.get_folder_paths(MODELS):
+        if path.is_relative_to(folder):
+            return str(path.relative_to(folder))
+    return path.name
+
+
+def prompt_files() -> list[str]:
+    """The .txt files at the top of ComfyUI's input folder."""
+    return _names(Path(folder_paths.get_input_directory()), ".txt")
+
+
+def prompt_file(name: str) -> Path:
+    return Path(folder_paths.get_input_directory(), os.path.basename(name))
+
+
+def bank_names() -> list[str]:
+    """Prompt banks: saved by the node, and safetensors files at the top of ComfyUI's input folder."""
+    saved = _names(output_folder("prompts"), ".safetensors")
+    return saved + [f"input/{name}" for name in _names(Path(folder_paths.get_input_directory()), ".safetensors")]
+
+
+def bank_path(name: str) -> Path:
+    base = Path(folder_paths.get_input_directory()) if name.startswith("input/") else output_folder("prompts")
+    return base / os.path.basename(name)
+
+
+def changed(path: Path | None) -> str:
+    """What a node's fingerprint holds of a file, so that editing the file runs the node again."""
+    if path is None or not path.exists():
+        return ""
+    stat = path.stat()
+    return f"{stat.st_mtime_ns} {stat.st_size}"
+
+
+def _names(folder: Path, ending: str) -> list[str]:
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.suffix.lower() == ending and not path.name.startswith("."))
+
+
+def _config_of(relative: str) -> Path | None:
+    for folder in folder_paths.get_folder_paths(MODELS):
+        config = Path(folder, *relative.replace("\\", "/").split("/"), "config.json")
+        if config.is_file() and ".." not in relative:
+            return config
+    return None

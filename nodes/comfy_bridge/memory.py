@@ -1,0 +1,21 @@
+"""Room on the device for what ComfyUI's memory manager does not see: the student and its training state."""
+from __future__ import annotations
+
+import comfy.model_management
+import torch
+
+
+def device() -> torch.device:
+    """The device that ComfyUI computes on."""
+    return comfy.model_management.get_torch_device()
+
+
+def make_room(needed: int) -> None:
+    """Has ComfyUI move its models off the device until `needed` bytes are free, as far as it can. On a CPU there is nothing to move."""
+    if device().type != "cpu":
+        comfy.model_management.free_memory(needed, device())
+
+
+def release() -> None:
+    """Hands memory that torch holds back to the device."""
+    comfy.model_management.soft_empty_cache()

@@ -1,0 +1,217 @@
+"""Any ComfyUI MODEL of the WAN text-to-video family as a teacher."""
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import comfy.lora
+import comfy.model_base
+import comfy.model_management
+import comfy.model_sampling
+import torch
+from torch import Tensor
+
+from ...wanlite_model.config import HEAD_DIM, TEXT_LEN, WanConfig
+from ...wanlite_model.errors import WanLiteError
+from ...wanlite_model.flow import TIMESTEPS
+from ...wanlite_model.formats.keymap import wan_shapes
+from ...wanlite_model.teacher import Cond, Tap, fingerprint_tensors, tapped
+from .patches import plain_copy
+
+PREFIX = "diffusion_model."
+PLAIN = (torch.float32, torch.float16, torch.bfloat16)
+VARIANTS = {"WAN21_Vace": "VACE", "WAN21_Camera": "Fun Camera", "WAN21_HuMo": "HuMo", "WAN22_Animate": "Animate", "WAN22_S2V": "S2V",
+            "WAN22": "2.2 TI2V-5B"}
+BY_CHANNELS = {36: "image-to-video (I2V)", 48: "Fun Control", 32: "Fun Camera"}
+
+
+class ComfyTeacher:
+    """Answers with ComfyUI's own forward, offloaded or not, LoRA patches applied; the MODEL itself is not changed.
+
+    `notes` says what of the MODEL was left out. Raises WanLiteError when it is not a WAN text-to-video model, or carries something that
+    changes what its forward means (see patches.py).
+    """
+
+    def __init__(self, model: Any) -> None:
+        _check_variant(model)
+        self._model, notes = plain_copy(model)
+        self.config = _config(self._model.model.diffusion_model)
+        self.shift = _shift(self._model)
+        self.device: torch.device = self._model.load_device
+        self.name = f"WAN {self.config.model_type}, {self.config.num_layers} blocks of {self.config.dim}"
+        self.notes = (*notes, *_never_applied(self._model), *_expert(self.config))
+        self._reserved = 0
+        self._fingerprint = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same weights, patches and shift in every session; another when a LoRA's strength changes."""
+        if not self._fingerprint:
+            with torch.inference_mode():
+                self._fingerprint = fingerprint_tensors(*_identity(self._stored()), self.shift)
+        return self._fingerprint
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, *, skip: Collection[int] = (), taps: Mapping[str, Tap] = {}) -> Tensor:
+        """As the Teacher protocol says. What comes back, and what taps are given, are ordinary tensors even inside a node."""
+        answers: list[Tensor] = []
+        hooks = {"": lambda _, answered: answers.append(answered), **{path: _ordinary(tap) for path, tap in taps.items()}}
+        context = torch.nn.functional.pad(cond.context, (0, 0, 0, TEXT_LEN - cond.context.shape[1]))    # [B, 512, 4096]
+        base = self._model.model
+        # As in the node that loaded it: quantised weights of one mode cannot be moved in the other.
+        with torch.inference_mode(base.diffusion_model.patch_embedding.weight.is_inference()), torch.no_grad():
+            self._load(x)
+            self._model.pre_run()
+            try:
+                # The velocity is read where the network hands it on: going back from ComfyUI's x0 would divide by sigma.
+                with tapped(base.diffusion_model, hooks):
+                    base.apply_model(x.to(self.device, torch.float32), sigma.to(self.device, torch.float32),
+                                     c_crossattn=context.to(self.device), transformer_options=_options(skip))
+            finally:
+                self._model.cleanup()
+        with torch.inference_mode(False), torch.no_grad():
+            return answers[0].to(device=x.device, dtype=torch.float32, copy=True)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Bare WAN names and CPU tensors. Plain ones keep their dtype; quantised ones come in the dtype that the forward computes in.
+
+        Raises WanLiteError on a packed format that this ComfyUI cannot unpack.
+        """
+        stored = self._stored()
+        for name in wan_shapes(self.config):
+            with torch.inference_mode():
+                baked = self._bake(name, *stored.pop(name))
+            with torch.inference_mode(False), torch.no_grad():
+                yielded = baked.cpu().clone().contiguous()
+            del baked
+            yield name, yielded
+
+    def _load(self, x: Tensor) -> None:
+        """Has ComfyUI load the model when it is not loaded, or when this batch needs more room than was asked for."""
+        needed = self._model.memory_required(list(x.shape))
+        loaded = any(model is self._model for model in comfy.model_management.loaded_models())
+        if not loaded or needed > self._reserved:
+            comfy.model_management.load_models_gpu([self._model], memory_required=needed, minimum_memory_required=needed)
+            self._reserved = needed
+
+    def _stored(self) -> dict[str, tuple[Tensor, Callable[..., Tensor], list]]:
+        """{bare name: (the tensor as stored, ComfyUI's way to unpack it, its patches)}: of the weights before any patch."""
+        with torch.inference_mode():
+            found = self._model.get_key_patches(PREFIX)
+        skipped = set(_unpatchable(self._model))
+        return {key.removeprefix(PREFIX): (first[0], first[1], [] if key in skipped else patches)
+                for key, (first, *patches) in found.items()}
+
+    def _bake(self, name: str, stored: Tensor, unpack: Callable[..., Tensor], patches: list) -> Tensor:
+        plain, dtype = stored, stored.dtype
+        if stored.dtype not in PLAIN or type(stored) not in (Tensor, torch.nn.Parameter):
+            plain, dtype = _unpacked(name, stored, unpack), self._compute_dtype()
+        if not patches:
+            return plain.to(dtype)
+        # In fp32 and rounded once, as ComfyUI's own loading does; a quantised tensor is not quantised again.
+        return comfy.lora.calculate_weight(patches, plain.to(torch.float32, copy=True), PREFIX + name).to(dtype)
+
+    def _compute_dtype(self) -> torch.dtype:
+        base = self._model.model
+        dtype = self._model.get_model_object("manual_cast_dtype") or base.get_dtype()
+        return dtype if dtype in PLAIN else torch.float32
+
+
+def _check_variant(model: Any) -> None:
+    base = getattr(model, "model", None)
+    kind = type(base).__name__
+    found = "This MODEL is not a WAN: " + (f"ComfyUI opened it as {kind}." if isinstance(base, comfy.model_base.BaseModel)
+                                           else f"it is a {type(model).__name__}.")
+    if isinstance(base, comfy.model_base.WAN21):
+        network = base.diffusion_model
+        if kind == "WAN21" and (network.in_dim, network.out_dim) == (16, 16) and network.img_emb is None \
+                and getattr(network, "ref_conv", None) is None:
+            return
+        variant = VARIANTS.get(kind) or (BY_CHANNELS.get(network.in_dim, f"{network.in_dim}-channel") if kind == "WAN21" else kind)
+        found = f"This MODEL is WAN {variant}."
+    raise WanLiteError(found, "For now WanLite distils WAN text-to-video models: 2.1 1.3B and 14B, and the 2.2 A14B experts.",
+                       "Load one of these with Load Diffusion Model.")
+
+
+def _config(network: Any) -> WanConfig:
+    if network.num_heads * HEAD_DIM != network.dim:
+        raise WanLiteError(f"This MODEL has {network.num_heads} attention heads at width {network.dim}.",
+                           f"A WAN has one head for every {HEAD_DIM} of width.", "Load another WAN.")
+    return WanConfig(dim=network.dim, ffn_dim=network.ffn_dim, num_layers=network.num_layers,
+                     in_dim=network.in_dim, out_dim=network.out_dim)
+
+
+def _shift(model: Any) -> float:
+    sampling = model.get_model_object("model_sampling")
+    if not isinstance(sampling, comfy.model_sampling.CONST) or getattr(sampling, "multiplier", None) != TIMESTEPS:
+        raise WanLiteError(f"The teacher MODEL samples as {', '.join(c.__name__ for c in type(sampling).__mro__[1:3])}.",
+                           "WAN is a rectified flow with timesteps from 0 to 1000.", "Use ModelSamplingSD3 to set its shift, or no such node.")
+    return float(sampling.shift)
+
+
+def _unpatchable(model: Any) -> list[str]:
+    """Patched names that ComfyUI accepts and never applies: parameters of modules that hold other modules (modulation)."""
+    def holds_modules(key: str) -> bool:
+        parent = model.model.get_submodule(key.rpartition(".")[0])
+        own = {name for name, _ in parent.named_parameters(recurse=False)}
+        return any(name not in own for name, _ in parent.named_parameters())
+    return [key for key in model.patches if key.startswith(PREFIX) and holds_modules(key)]
+
+
+def _never_applied(model: Any) -> list[str]:
+    names = [key.removeprefix(PREFIX) for key in _unpatchable(model)]
+    told = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else "".join(names)
+    return [f"ComfyUI does not apply the LoRA's change of {told}, so neither teacher nor student has it."] if names else []
+
+
+def _expert(config: WanConfig) -> list[str]:
+    if config.dim != 5120:
+        return []
+    return ["If this is one expert of Wan 2.2 A14B, the student answers at every noise level and the expert is right only at its own: "
+            "WanLite cannot tell it from Wan 2.1 14B."]
+
+
+def _options(skip: Collection[int]) -> dict[str, Any]:
+    """New for every call: newer ComfyUIs write into it."""
+    def identity(arguments: dict, _: dict) -> dict:
+        return {"img": arguments["img"]}
+    replaced = {("double_block", i): identity for i in skip}
+    return {"cond_or_uncond": [0], "patches_replace": {"dit": replaced}} if replaced else {"cond_or_uncond": [0]}
+
+
+def _ordinary(tap: Tap) -> Tap:
+    """What a tap keeps may be used in training, which tensors made in inference mode cannot."""
+    def called(given: Tensor, answered: Tensor) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            tap(given.clone(), answered.clone())
+    return called
+
+
+def _unpacked(name: str, stored: Tensor, unpack: Callable[..., Tensor]) -> Tensor:
+    plain = unpack(stored, inplace=False)
+    if plain is stored and hasattr(stored, "tensor_type") or plain.dtype in (torch.uint8, torch.int8):
+        raise WanLiteError(f"{name} is packed as {type(stored).__name__}, which ComfyUI cannot unpack by itself.",
+                           "A student starts from its teacher's weights.", "Load the model in bf16, fp16 or fp8 instead.")
+    return plain
+
+
+def _identity(stored: Mapping[str, tuple[Tensor, Any, list]]) -> tuple[list[tuple[str, Tensor]], list]:
+    """The tensors a fingerprint samples, and the numbers beside them."""
+    tensors, told = [], []
+
+    def add(path: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            tensors.append((path, getattr(value, "_qdata", value)))
+        elif isinstance(value, (list, tuple)):
+            for i, item in enumerate(value):
+                add(f"{path}.{i}", item)
+        elif hasattr(value, "weights"):                     # a LoRA, LoHa, ... adapter
+            add(f"{path}.{type(value).__name__}", value.weights)
+        elif isinstance(value, (str, int, float, bool, dict, type(None))):
+            told.append((path, value))
+        else:
+            told.append((path, getattr(value, "__qualname__", type(value).__qualname__)))
+
+    for name, (tensor, _, patches) in sorted(stored.items()):
+        add(name, tensor)
+        add(f"{name} patch", patches)
+    return tensors, told

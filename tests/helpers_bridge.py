@@ -1,0 +1,28 @@
+"""What the tests of the bridge and the nodes ask a teacher, and how they compare its answers."""
+import torch
+
+from wanlite_model.teacher import Cond
+
+
+def state(batch=2, seed=0):
+    """(x [B, 16, 3, 8, 12], sigma [B], condition of 7 tokens)."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, 16, 3, 8, 12, generator=generator)
+    return x, torch.linspace(0.95, 0.1, batch), Cond(context=torch.randn(batch, 7, 4096, generator=generator) * 0.3)
+
+
+def relative(found, expected):
+    """The largest difference as a share of the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def lora(model, strength, rank=4, seed=1, names=("blocks.1.ffn.0", "blocks.3.self_attn.q")):
+    """The MODEL with a LoRA on some layers, as ComfyUI's own LoRA loader makes it."""
+    import comfy.sd
+    generator = torch.Generator().manual_seed(seed)
+    file = {}
+    for name in names:
+        rows, columns = model.model.diffusion_model.get_submodule(name).weight.shape
+        file[f"diffusion_model.{name}.lora_A.weight"] = torch.randn(rank, columns, generator=generator)
+        file[f"diffusion_model.{name}.lora_B.weight"] = torch.randn(rows, rank, generator=generator)
+    return comfy.sd.load_lora_for_models(model, None, file, strength, 0.0)[0]

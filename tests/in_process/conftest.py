@@ -1,0 +1,26 @@
+"""What the tests of the bridge and the nodes share: a tiny WAN as ComfyUI opens it, and the error a user reads."""
+import pytest
+from helpers_tiny import random_wan
+
+
+@pytest.fixture(scope="session")
+def student():
+    """A tiny WAN of random weights, as the engine's module. Never written to."""
+    return random_wan(seed=3)
+
+
+@pytest.fixture
+def model(comfyui, student):
+    """What Load Diffusion Model hands out for these weights, in fp32; made in inference mode, as in a node."""
+    import comfy.sd
+    import torch
+    with torch.inference_mode():
+        return comfy.sd.load_diffusion_model_state_dict({name: tensor.clone() for name, tensor in student.state_dict().items()},
+                                                        model_options={"dtype": torch.float32})
+
+
+@pytest.fixture
+def refused(pack):
+    """`with refused("words")`: the one sentence that a user reads holds these words (a regular expression)."""
+    error = pack("wanlite_model.errors").WanLiteError
+    return lambda words: pytest.raises(error, match=words)
