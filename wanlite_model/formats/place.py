@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 MAX_NAME = 200                          # bytes; leaves room for endings below the 255 of common file systems
 DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}    # Windows
+PREFIX = ".wanlite-tmp-"
+STALE = 24 * 3600                       # seconds after which a temporary folder belongs to a process that was killed
 FULL = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
 
 
@@ -47,7 +49,8 @@ def temporary_place(destination: Path) -> Iterator[Path]:
     for home in (anchor.parent if anchor == destination.parent else anchor, anchor):
         if home.stat().st_dev == anchor.stat().st_dev:
             try:
-                place = Path(tempfile.mkdtemp(prefix=".wanlite-tmp-", dir=home))
+                _sweep(home)
+                place = Path(tempfile.mkdtemp(prefix=PREFIX, dir=home))
                 break
             except PermissionError:
                 if home == anchor:
@@ -94,6 +97,13 @@ def sentence_for(error: OSError, name: str) -> WanLiteError:
                         "Check that the folder can be written to.")
 
 
+def _sweep(home: Path) -> None:
+    """Removes what a killed process left, gigabytes perhaps; not what was moved aside: that is a user's older student."""
+    for left in home.glob(PREFIX + "*"):
+        if left.is_dir() and time.time() - left.stat().st_mtime > STALE and not any(left.glob("*.old")):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _rename(source: Path, goal: Path) -> None:
     """Tries for a second: on Windows a reader that is just being closed, or a virus scanner, holds a new file for a moment."""
     for attempt in range(4):
@@ -102,5 +112,6 @@ def _rename(source: Path, goal: Path) -> None:
         except PermissionError:
             if attempt == 3:
                 raise
-            gc.collect()                        # a mapping that only a reference cycle keeps alive
+            if attempt == 0:
+                gc.collect()                    # a mapping that only a reference cycle keeps alive
             time.sleep(0.1 * 2**attempt)
