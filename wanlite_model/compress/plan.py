@@ -85,7 +85,7 @@ def parse_keep_map(text: str, num_layers: int) -> tuple[int, ...]:
     """"0-3,5,7-9" -> (0, 1, 2, 3, 5, 7, 8, 9). Raises WanLiteError on anything that does not name existing blocks, rising."""
     keep: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part)
+        match = re.fullmatch(r"\s*([0-9]{1,6})\s*(?:-\s*([0-9]{1,6})\s*)?", part)
         if match is None:
             raise WanLiteError(f"The keep-map has {part.strip()!r} in it.", "It is a list of block numbers and ranges, like 0-3,5,7-9.",
                                f"The teacher's blocks are 0-{num_layers - 1}.")

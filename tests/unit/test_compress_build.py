@@ -1,0 +1,210 @@
+"""Creating a student: on disk at once or not at all, the same request once, and a report that says what was measured."""
+import json
+
+import pytest
+import torch
+from helpers_compress import SHAPE, counting_teacher, result_of
+from helpers_tiny import random_bank
+
+from wanlite_model.compress import build
+from wanlite_model.compress.build import create_student
+from wanlite_model.compress.handle import StudentHandle
+from wanlite_model.compress.plan import CompressionPlan
+from wanlite_model.errors import WanLiteError
+from wanlite_model.transformer import WanLiteStudent
+
+
+def tiny(**fields):
+    return counting_teacher(**{"depth": 4, "ffn_dim": 64, **fields})
+
+
+def create(folder, teacher=None, bank=None, shape=SHAPE, **request):
+    return create_student(teacher or tiny(), bank or random_bank(), shape, folder=folder, **{"depth": 3, "cfg": 3.0, **request})
+
+
+def files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_a_start_is_written_whole_and_says_what_it_is(tmp_path):
+    teacher = tiny(depth=6, idle=[3])
+    handle, report = result_of(create(tmp_path, teacher, depth=5, ffn_dim=40))
+    assert files(tmp_path)[0] == handle.fingerprint and handle.file.is_file()
+    assert handle.config == teacher.config.resized(num_layers=5, ffn_dim=40)
+    assert handle.plan == CompressionPlan(keep=(0, 1, 2, 4, 5), ffn_dim=40, method="greedy", teacher_layers=6, teacher_ffn_dim=64)
+    student = WanLiteStudent.from_pretrained(handle.folder)
+    assert f"{student.num_parameters() / 1e6:.2f} million" in report and f"{teacher.module.num_parameters() / 1e6:.2f} million" in report
+    assert "0-2,4-5" in report and "40 of 64" in report
+    measured = handle.card.measured
+    assert measured["start_error"] < measured["plain_cut_error"]
+    assert f"{measured['start_error']:.1%}" in report and f"{measured['plain_cut_error']:.1%}" in report
+    assert handle.card.shift == teacher.shift and handle.card.keep == handle.plan.keep
+
+
+def test_pruning_nothing_writes_the_teacher_bit_for_bit_without_a_forward(tmp_path):
+    teacher = tiny(depth=3, dtype=torch.bfloat16)
+    handle, report = result_of(create(tmp_path, teacher, depth=None))
+    with handle.open() as source:
+        written = dict(source.tensors())
+    for name, tensor in teacher.module.state_dict().items():
+        assert written[name].dtype == torch.bfloat16 and torch.equal(written[name], tensor), name
+    assert "bit for bit" in report and teacher.forwards == 0
+
+
+def test_whole_blocks_measure_the_same_through_the_teacher_as_through_the_student(tmp_path):
+    teacher = tiny(depth=5)
+    handle, _ = result_of(create(tmp_path, teacher, depth=3, method="interleaved"))
+    assert handle.card.measured["start_error"] == handle.card.measured["plain_cut_error"] > 0
+    probe = result_of(build.make_probe(teacher, random_bank(), SHAPE, seed=0, count=32 + build.HELD_OUT, cfg=3.0))[-build.HELD_OUT:]
+    student = build.ModuleTeacher(WanLiteStudent.from_pretrained(handle.folder), shift=3.0)
+    target = torch.cat(list(build.answers(teacher.velocity, probe)))
+    error = torch.cat(list(build.velocity_errors(student.velocity, probe, target))).mean().item()
+    assert handle.card.measured["start_error"] == pytest.approx(error, rel=1e-4)
+
+
+def test_the_same_request_is_found_again_without_asking_the_teacher(tmp_path):
+    first = result_of(create(tmp_path, ffn_dim=48))
+    teacher = tiny()
+    steps = create(tmp_path, teacher, ffn_dim=48)
+    assert result_of(steps) == first and teacher.forwards == teacher.passes == 0
+
+
+def test_a_folder_that_was_moved_is_found_where_it_is_now(tmp_path):
+    handle, _ = result_of(create(tmp_path / "old", method="interleaved"))
+    (tmp_path / "old").rename(tmp_path / "new")
+    again, _ = result_of(create(tmp_path / "new", method="interleaved"))
+    assert again.file == tmp_path / "new" / handle.fingerprint / handle.file.name and again.file.is_file()
+
+
+@pytest.mark.parametrize("damage", ["cut weights", "no weights", "torn note", "note of another version"])
+def test_a_damaged_start_is_made_again(tmp_path, damage):
+    handle, report = result_of(create(tmp_path, method="interleaved"))
+    whole, note = handle.file.read_bytes(), handle.file.parent / build.NOTE
+    if damage == "cut weights":
+        handle.file.write_bytes(whole[:-1])
+    elif damage == "no weights":
+        handle.file.unlink()
+    else:
+        note.write_text("{" if damage == "torn note" else json.dumps({"handle": {"folder": ""}, "report": "", "bytes": len(whole)}), encoding="utf-8")
+    assert result_of(create(tmp_path, method="interleaved")) == (handle, report)
+    assert handle.file.read_bytes() == whole
+
+
+def test_whatever_decides_a_start_changes_its_fingerprint(tmp_path):
+    def fingerprint(**request):
+        return result_of(create(tmp_path, **{"method": "interleaved", **request}))[0].fingerprint
+
+    requests = [{}, {"depth": 2}, {"depth": None, "keep": (0, 1, 3)}, {"method": "greedy"}, {"ffn_dim": 48}, {"seed": 1}, {"cfg": 2.0},
+                {"shape": (16, 1, 8, 4)}, {"bank": random_bank(3)}, {"teacher": tiny(seed=1)},
+                {"teacher": tiny(shift=5.0)}]
+    assert len({fingerprint(**request) for request in requests}) == len(requests)
+
+
+def test_what_is_not_measured_does_not_split_the_cache(tmp_path):
+    """A copy of the teacher is gigabytes: other prompts must not write it again."""
+    first, _ = result_of(create(tmp_path, depth=None))
+    second, _ = result_of(create(tmp_path, depth=None, bank=random_bank(2, seed=5), seed=3))
+    assert first == second
+
+
+def test_closing_at_any_moment_leaves_nothing(tmp_path):
+    total = sum(1 for _ in create(tmp_path / "whole", ffn_dim=48))
+    for stop in sorted({1, 2, total // 4, total // 2, 3 * total // 4, total - 1, total}):
+        folder = tmp_path / str(stop)
+        steps = create(folder, ffn_dim=48)
+        for _ in range(stop):
+            next(steps)
+        steps.close()
+        assert not folder.exists() or files(folder) == []
+
+
+def test_a_teacher_that_fails_while_it_is_written_leaves_nothing(tmp_path):
+    teacher = tiny(depth=3)
+
+    def interrupted():
+        for i, pair in enumerate(type(teacher).weights(teacher)):
+            if i == 20:
+                raise KeyboardInterrupt
+            yield pair
+
+    teacher.weights = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        result_of(create(tmp_path, teacher, depth=None))
+    assert files(tmp_path) == []
+
+
+def test_what_a_power_cut_left_is_cleared_away(tmp_path):
+    handle, _ = result_of(create(tmp_path / "elsewhere", method="interleaved"))
+    left = tmp_path / "here" / f".{handle.fingerprint}.partial"
+    left.mkdir(parents=True)
+    (left / "junk").write_bytes(b"half")
+    result_of(create(tmp_path / "here", method="interleaved"))
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("request_, sentence", [
+    ({"depth": 5}, "The teacher has 4 blocks"), ({"depth": 0}, "depth is 0"), ({"ffn_dim": 65}, "64 FFN neurons"),
+    ({"keep": (0, 1)}, "depth is 3 and the keep-map has 2 blocks"), ({"depth": None, "keep": (0, 4)}, "block 4"),
+    ({"method": "given"}, "'greedy' or 'interleaved'"), ({"shape": (4, 1, 8, 8)}, "This teacher takes"),
+])
+def test_a_request_that_cannot_be_met_is_one_sentence_before_any_work(tmp_path, request_, sentence):
+    teacher = tiny()
+    with pytest.raises(WanLiteError) as error:
+        result_of(create(tmp_path, teacher, **request_))
+    assert sentence in str(error.value) and files(tmp_path) == [] and teacher.forwards == teacher.passes == 0
+
+
+@pytest.mark.parametrize("request_, sentence", [({"method": "greedy"}, "choose interleaved"), ({"ffn_dim": 48}, "keep ffn_dim at 64")])
+def test_what_needs_prompts_says_so(tmp_path, request_, sentence):
+    with pytest.raises(WanLiteError, match=sentence):
+        result_of(create_student(tiny(), None, SHAPE, **{"depth": 3, "method": "interleaved", **request_}, folder=tmp_path))
+
+
+def test_without_prompts_blocks_are_cut_and_nothing_is_claimed(tmp_path):
+    teacher = tiny()
+    handle, report = result_of(create_student(teacher, None, SHAPE, keep=(0, 2), folder=tmp_path))
+    assert handle.plan.keep == (0, 2) and handle.plan.method == "given" and teacher.forwards == 0
+    assert "not measured, because there were no prompts" in report and handle.card.measured == {}
+
+
+def test_a_start_that_does_not_fit_beside_the_teacher_is_written_and_not_measured(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("full")
+        yield
+
+    monkeypatch.setattr(build, "_loaded", full)
+    handle, report = result_of(create(tmp_path, ffn_dim=48))
+    assert handle.file.is_file() and "does not fit beside the teacher" in report
+
+
+def test_it_works_inside_inference_mode_and_gives_the_same_start(tmp_path):
+    outside, _ = result_of(create(tmp_path / "outside", ffn_dim=48))
+    with torch.inference_mode():
+        inside, _ = result_of(create(tmp_path / "inside", ffn_dim=48))
+    assert inside.file.read_bytes() == outside.file.read_bytes()
+
+
+def test_a_handle_survives_json_and_is_read_off_a_saved_student(tmp_path):
+    handle, _ = result_of(create(tmp_path, ffn_dim=48))
+    assert StudentHandle.from_json(json.loads(json.dumps(handle.to_json()))) == handle
+    found = StudentHandle.of(handle.file.parent)
+    assert (found.config, found.card, found.plan.keep, found.plan.teacher_layers, found.plan.teacher_ffn_dim) == (
+        handle.config, handle.card, handle.plan.keep, 4, 64)
+    with pytest.raises(WanLiteError, match="cannot be read"):
+        StudentHandle.from_json({"folder": "x"})
+
+
+def test_a_handle_of_any_wan_is_its_own_teacher(tmp_path):
+    teacher = tiny(depth=2)
+    teacher.module.save_pretrained(tmp_path / "wan")
+    handle = StudentHandle.of(tmp_path / "wan")
+    assert handle.plan.prunes_nothing and handle.card is None
+    other = tiny(depth=2, seed=1)
+    other.module.save_pretrained(tmp_path / "other")
+    assert StudentHandle.of(tmp_path / "other").fingerprint != handle.fingerprint
+
+
+def test_no_file_tells_where_it_was_made(tmp_path):
+    result_of(create(tmp_path, method="interleaved"))
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes()
