@@ -1,9 +1,17 @@
-"""The graph: one file a node family. The engine and its bridge are imported where a node runs, not when ComfyUI starts."""
+"""The graph: one file a node family. The engine is imported where a node runs, not when ComfyUI starts."""
 from comfy_api.latest import ComfyExtension, io
+
+from .compare import WanLiteCompare
+from .distill import WanLiteDistill
+from .prompts import WanLiteEncodePrompts
+from .recipe import WanLiteRecipe
+from .student import WanLiteCreateStudent, WanLiteLoadStudent, WanLiteSaveStudent
+from .teacher import WanLiteLoadTeacher
 
 
 class WanLiteExtension(ComfyExtension):
     """What ComfyUI asks for the pack's nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return []
+        return [WanLiteLoadTeacher, WanLiteEncodePrompts, WanLiteCreateStudent, WanLiteRecipe, WanLiteDistill, WanLiteSaveStudent,
+                WanLiteLoadStudent, WanLiteCompare]

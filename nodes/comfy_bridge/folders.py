@@ -6,6 +6,8 @@ from pathlib import Path
 
 import folder_paths
 
+from ...wanlite_model.errors import WanLiteError
+
 MODELS = "diffusion_models"
 SAFE = (".safetensors", ".sft")
 NONE = "none"
@@ -36,6 +38,14 @@ def model_path(name: str) -> Path | None:
         return config.parent if config else None
     found = folder_paths.get_full_path(MODELS, name)
     return Path(found) if found else None
+
+
+def found(name: str) -> Path:
+    """The same, or WanLiteError."""
+    path = model_path(name)
+    if path is None:
+        raise WanLiteError(f"{name} is not in ComfyUI's model folders any more.", "", "Press R to refresh the list, and choose again.")
+    return path
 
 
 def stock_name(path: Path) -> str:
@@ -70,8 +80,8 @@ def changed(path: Path | None) -> str:
     """What a node's fingerprint holds of a file, so that editing the file runs the node again."""
     if path is None or not path.exists():
         return ""
-    stat = path.stat()
-    return f"{stat.st_mtime_ns} {stat.st_size}"
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return " ".join(f"{file.stat().st_mtime_ns} {file.stat().st_size}" for file in files)
 
 
 def _names(folder: Path, ending: str) -> list[str]:
@@ -82,7 +92,8 @@ def _names(folder: Path, ending: str) -> list[str]:
 
 def _config_of(relative: str) -> Path | None:
     for folder in folder_paths.get_folder_paths(MODELS):
-        config = Path(folder, *relative.replace("\\", "/").split("/"), "config.json")
-        if config.is_file() and ".." not in relative:
-            return config
+        place = Path(folder, *relative.replace("\\", "/").split("/"))
+        for name in ("config.json", "student_config.json"):         # the second: WanLite's predecessor
+            if (place / name).is_file() and ".." not in place.parts:
+                return place / name
     return None

@@ -10,11 +10,14 @@ from typing import TypeVar
 import comfy.model_management
 import comfy.utils
 import torch
+from PIL import Image
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 Event = TypeVar("Event")
 Result = TypeVar("Result")
 
+PREVIEW_PIXELS = 512
 UPDATES = 10        # a second at most: each one is a message to every browser
 
 
@@ -47,3 +50,8 @@ class Bar:
         if stage != self._stage or done >= total or time.monotonic() - self._shown > 1 / UPDATES:
             self._bar.update_absolute(done, max(1, total))
             self._stage, self._shown = stage, time.monotonic()
+
+    def preview(self, frame: Tensor) -> None:
+        """Shows a picture [H, W, 3] in 0..1 on the node."""
+        picture = Image.fromarray((frame.clamp(0, 1) * 255).byte().cpu().numpy())
+        self._bar.update_absolute(self._bar.current, self._bar.total, ("JPEG", picture, PREVIEW_PIXELS))

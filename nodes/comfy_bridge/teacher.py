@@ -1,7 +1,10 @@
 """Any ComfyUI MODEL of the WAN text-to-video family as a teacher."""
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.lora
@@ -47,9 +50,17 @@ class ComfyTeacher:
     def fingerprint(self) -> str:
         """The same for the same weights, patches and shift in every session; another when a LoRA's strength changes."""
         if not self._fingerprint:
-            with torch.inference_mode():
+            with self._mode():
                 self._fingerprint = fingerprint_tensors(*_identity(self._stored()), self.shift)
         return self._fingerprint
+
+    def describe(self) -> str:
+        """One line for a user: architecture, size, dtype, shift."""
+        network = self._model.model.diffusion_model
+        count = sum(math.prod(shape) for shape in wan_shapes(self.config).values())
+        dtypes = Counter(str(p.dtype).removeprefix("torch.") for p in network.parameters())
+        return (f"{self.name}, FFN {self.config.ffn_dim}, {count / 1e9:.3g} B parameters, mostly {dtypes.most_common(1)[0][0]}, "
+                f"{self._model.model_size() / 2**20:,.0f} MiB, shift {self.shift:g}.")
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, *, skip: Collection[int] = (), taps: Mapping[str, Tap] = {}) -> Tensor:
         """As the Teacher protocol says. What comes back, and what taps are given, are ordinary tensors even inside a node."""
@@ -57,8 +68,7 @@ class ComfyTeacher:
         hooks = {"": lambda _, answered: answers.append(answered), **{path: _ordinary(tap) for path, tap in taps.items()}}
         context = torch.nn.functional.pad(cond.context, (0, 0, 0, TEXT_LEN - cond.context.shape[1]))    # [B, 512, 4096]
         base = self._model.model
-        # As in the node that loaded it: quantised weights of one mode cannot be moved in the other.
-        with torch.inference_mode(base.diffusion_model.patch_embedding.weight.is_inference()), torch.no_grad():
+        with self._mode():
             self._load(x)
             self._model.pre_run()
             try:
@@ -78,12 +88,19 @@ class ComfyTeacher:
         """
         stored = self._stored()
         for name in wan_shapes(self.config):
-            with torch.inference_mode():
+            with self._mode():
                 baked = self._bake(name, *stored.pop(name))
             with torch.inference_mode(False), torch.no_grad():
                 yielded = baked.cpu().clone().contiguous()
             del baked
             yield name, yielded
+
+    @contextmanager
+    def _mode(self) -> Iterator[None]:
+        """The mode of the code that loaded the model, inference mode in a node: quantised weights of one cannot be used in the other."""
+        weight = self._model.model.diffusion_model.patch_embedding.weight
+        with torch.inference_mode(weight.is_inference()), torch.no_grad():
+            yield
 
     def _load(self, x: Tensor) -> None:
         """Has ComfyUI load the model when it is not loaded, or when this batch needs more room than was asked for."""
@@ -95,7 +112,7 @@ class ComfyTeacher:
 
     def _stored(self) -> dict[str, tuple[Tensor, Callable[..., Tensor], list]]:
         """{bare name: (the tensor as stored, ComfyUI's way to unpack it, its patches)}: of the weights before any patch."""
-        with torch.inference_mode():
+        with self._mode():
             found = self._model.get_key_patches(PREFIX)
         skipped = set(_unpatchable(self._model))
         return {key.removeprefix(PREFIX): (first[0], first[1], [] if key in skipped else patches)

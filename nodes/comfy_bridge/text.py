@@ -1,0 +1,83 @@
+"""Prompts through ComfyUI's text encoder, as far as a bank does not know them."""
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...wanlite_model.config import TEXT_LEN
+from ...wanlite_model.errors import WanLiteError
+from ...wanlite_model.formats.place import check_name
+from ...wanlite_model.formats.workflow import NEGATIVE
+from ...wanlite_model.prompts import PromptBank, parse_prompts, trim
+from . import folders
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """The prompts a node asks for. known: {text: context [L, 4096]} of those the bank holds, the negative prompt among them."""
+    prompts: tuple[str, ...]
+    negative: str
+    known: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, prompts: str, prompt_file: str, negative: str, bank: str) -> Wanted:
+        """From the node's widgets. Raises WanLiteError without any prompt, or when a file cannot be read."""
+        stored = PromptBank.load(folders.bank_path(bank)) if bank != folders.NONE else None
+        text = f"{prompts}\n{_read(prompt_file)}" if prompt_file != folders.NONE else prompts
+        texts = stored.prompts if stored and not text.strip() else parse_prompts(text)
+        negative = negative or (stored.negative_text if stored else NEGATIVE)
+        held = {} if stored is None else {**dict(zip(stored.prompts, stored.contexts)), stored.negative_text: stored.negative}
+        return cls(prompts=texts, negative=negative, known={t: held[t] for t in (*texts, negative) if t in held})
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The texts that have to be encoded."""
+        return tuple(dict.fromkeys(text for text in (*self.prompts, self.negative) if text not in self.known))
+
+    def check(self, clip: Any, preview: int) -> None:
+        """Raises WanLiteError when a text has to be encoded and nothing is there to do it, or when there is no prompt `preview`."""
+        if self.missing and clip is None:
+            raise WanLiteError(f"{len(self.missing)} texts are in no bank (first: {self.missing[0][:60]!r}) and no CLIP is connected.", "",
+                               "Connect WAN's text encoder, or choose a bank that holds these prompts and this negative prompt.")
+        if preview > len(self.prompts):
+            raise WanLiteError(f"preview is {preview} and there are {len(self.prompts)} prompts.", "", f"Set it between 1 and {len(self.prompts)}.")
+
+    def encode(self, clip: Any) -> Generator[str, None, PromptBank]:
+        """Yields each text as it is encoded. Raises WanLiteError when the encoder is not WAN's."""
+        contexts = dict(self.known)
+        for text in self.missing:
+            with torch.inference_mode():        # as CLIPTextEncode runs
+                encoded = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0]          # [1, 512, 4096]
+            contexts[text] = trim(encoded.float().cpu().clone())
+            yield text
+        return PromptBank(prompts=self.prompts, contexts=tuple(contexts[text] for text in self.prompts), negative_text=self.negative,
+                          negative=contexts[self.negative])
+
+
+def conditioning(context: Tensor) -> list:
+    """CONDITIONING as the stock text encoder node makes it: [1, 512, 4096], zero-padded."""
+    padded = torch.nn.functional.pad(context.float(), (0, 0, 0, TEXT_LEN - len(context)))
+    return [[padded.unsqueeze(0), {"pooled_output": None}]]
+
+
+def save_bank(bank: PromptBank, name: str) -> str:
+    """Saves it under output/wanlite/prompts and says so. Raises WanLiteError when the name is taken by another bank, or is no name."""
+    path = folders.output_folder("prompts") / f"{check_name(name)}.safetensors"
+    if path.exists():
+        there = PromptBank.load(path)
+        if (there.prompts, there.negative_text, there.fingerprint) == (bank.prompts, bank.negative_text, bank.fingerprint):
+            return f" Already saved as {path.name}."
+        raise WanLiteError(f"A bank named {name} is already there and holds other prompts.", "Nothing was overwritten.", "Type another name.")
+    bank.save(path)
+    return f" Saved as {path.name}."
+
+
+def _read(name: str) -> str:
+    try:
+        return folders.prompt_file(name).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise WanLiteError(f"{name} cannot be read ({error}).", "Prompts come as a UTF-8 text file in ComfyUI's input folder.") from error

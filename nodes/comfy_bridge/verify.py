@@ -1,0 +1,80 @@
+"""Whether ComfyUI's own loader opens a file and computes what was meant: one small forward against a velocity recorded before."""
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from ...wanlite_model.compress.handle import StudentHandle
+from ...wanlite_model.errors import WanLiteError
+from ...wanlite_model.flow import TIMESTEPS
+from ...wanlite_model.formats.write import Verified
+from ...wanlite_model.teacher import Cond
+from ...wanlite_model.transformer import WanLiteStudent
+from . import load
+from .teacher import ComfyTeacher
+
+log = logging.getLogger(__name__)
+
+READER = "ComfyUI's Load Diffusion Model"
+LIMIT = 1e-3        # fp32 on two devices differs by 1e-5; one wrong tensor by far more
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Recorded:
+    """A state and the velocity [1, C, 1, 8, 8] that weights of `dtype` answer there; velocity is None where it could not be had, and why."""
+    dtype: torch.dtype
+    x: Tensor
+    sigma: Tensor
+    cond: Cond
+    velocity: Tensor | None
+    why: str = ""
+
+
+def record(student: StudentHandle, dtype: torch.dtype) -> Recorded:
+    """What the student answers with its weights rounded to `dtype`, computed in fp32 on the CPU by our own module."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode(False), torch.no_grad():
+        x = torch.randn(1, student.config.in_dim, 1, 8, 8, generator=generator)
+        sigma, cond = torch.tensor([0.7]), Cond(context=torch.randn(1, 16, 4096, generator=generator) * 0.1)
+        try:
+            module = WanLiteStudent.from_wan(student.config, device="meta")
+            with student.open() as source:
+                module.load_state_dict({name: tensor.to(dtype).float() for name, tensor in source.tensors()}, assign=True)
+            velocity, why = module.eval()(x, TIMESTEPS * sigma, cond.context), ""
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "alloc" not in str(error):
+                raise
+            velocity, why = None, f"there is not enough memory to compute one forward of it in fp32 ({error})."
+    return Recorded(dtype=dtype, x=x, sigma=sigma, cond=cond, velocity=velocity, why=why)
+
+
+def verifier(recorded: Recorded) -> Callable[[Path], Verified]:
+    """What write_student calls with the new file before it is put in place. Its error ends the save."""
+    def verify(file: Path) -> Verified:
+        if recorded.velocity is None:
+            return Verified(reader=READER, difference=None, why=recorded.why)
+        difference = _difference(file, recorded)
+        if not difference < LIMIT:
+            raise WanLiteError(f"{READER} opened the new file, and its answer differs by {difference:.1%}.", "It should be the same.",
+                               "Nothing was saved; please report this with the student's size.")
+        return Verified(reader=READER, difference=difference)
+    return verify
+
+
+def _difference(file: Path, recorded: Recorded) -> float:
+    model = load.open_model(file, dtype=recorded.dtype)
+    if hasattr(model, "set_model_compute_dtype"):
+        model.set_model_compute_dtype(torch.float32)        # judges the file, not the precision of this machine's fast path
+    velocity = ComfyTeacher(model).velocity(recorded.x, recorded.sigma, recorded.cond)
+    del model
+    gc.collect()                                            # the file is renamed next, which Windows refuses while it is mapped
+    comfy.model_management.cleanup_models_gc()
+    comfy.model_management.soft_empty_cache()
+    return float((velocity - recorded.velocity).abs().max() / recorded.velocity.abs().max())

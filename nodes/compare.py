@@ -1,0 +1,50 @@
+"""Teacher and student side by side, from the same noise, with what they cost."""
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from .comfy_bridge import sampling
+from .sockets import Prompts
+
+
+class WanLiteCompare(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        def settings(who: str, steps: int, cfg: float, extra: str = "") -> list[io.Input]:
+            return [io.Int.Input(f"{who}_steps", default=steps, min=1, max=1000, tooltip=f"Sampling steps of the {who}{extra}."),
+                    io.Float.Input(f"{who}_cfg", default=cfg, min=1.0, max=100.0, step=0.1,
+                                   tooltip=f"Guidance scale of the {who}{extra}. At 1 ComfyUI asks once a step instead of twice.")]
+        return io.Schema(
+            node_id="WanLiteCompare", display_name="WanLite Compare", category="WanLite",
+            description="Samples the same prompts from the same noise with each MODEL, and measures: parameters, bytes, seconds a clip once "
+                        "warm, and how close the clips are to the teacher's.",
+            inputs=[
+                io.Model.Input("teacher", tooltip="The MODEL that the others are compared with."),
+                io.Model.Input("student", tooltip="The student's MODEL, with its shift, from WanLite Distill or WanLite Load Student."),
+                io.Model.Input("third", optional=True, tooltip="One more MODEL, for instance the untrained start."),
+                Prompts.Input("prompts", tooltip="The first of these prompts are sampled."),
+                io.Vae.Input("vae", tooltip="WAN's VAE, which turns latents into pictures."),
+                io.Latent.Input("latent", tooltip="Tells the size and the number of frames; its content is not used."),
+                *settings("teacher", 30, 5.0), *settings("student", 20, 1.0), *settings("third", 20, 1.0, " MODEL, when there is one"),
+                io.Combo.Input("sampler", options=sampling.samplers(), default="euler", tooltip="ComfyUI's sampler, for all of them. Students are made for euler."),
+                io.Combo.Input("scheduler", options=sampling.schedulers(), default="simple",
+                               tooltip="ComfyUI's scheduler, for all of them. Students are made for simple."),
+                io.Int.Input("clips", default=2, min=1, max=64, tooltip="How many prompts, from the first on, are sampled and measured."),
+                io.Int.Input("noise_number", default=0, min=0, max=2**31 - 1, tooltip="Another number, other noise; the same for every MODEL."),
+            ],
+            outputs=[io.Image.Output(display_name="images", tooltip="Frames of all clips, one MODEL beside the other."),
+                     io.String.Output(display_name="metrics"), io.Float.Output(display_name="teacher_seconds", tooltip="A clip, warm."),
+                     io.Float.Output(display_name="student_seconds", tooltip="A clip, warm."),
+                     io.Int.Output(display_name="student_bytes", tooltip="The student's weights as ComfyUI holds them.")],
+            hidden=[io.Hidden.unique_id])
+
+    @classmethod
+    def execute(cls, teacher: Any, student: Any, prompts: Any, vae: Any, latent: dict, sampler: str, scheduler: str, clips: int, noise_number: int,
+                third: Any = None, **settings: Any) -> io.NodeOutput:
+        from .comfy_bridge.compare import Contender, compare
+        models = {"teacher": teacher, "student": student, "third": third}
+        contenders = [Contender.of(who, model, settings[f"{who}_steps"], settings[f"{who}_cfg"]) for who, model in models.items() if model is not None]
+        result = compare(contenders, prompts=prompts, vae=vae, latent=latent, sampler=sampler, scheduler=scheduler, clips=clips,
+                         noise_number=noise_number, node_id=cls.hidden.unique_id)
+        first, second = result.measured[:2]
+        return io.NodeOutput(result.images, result.text, first.seconds, second.seconds, second.bytes, ui=ui.PreviewText(result.text))

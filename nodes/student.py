@@ -1,0 +1,131 @@
+"""Students: made from a teacher, saved so that every WAN reader opens them, and found again."""
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from .comfy_bridge import folders
+from .sockets import Prompts, Student
+
+CUSTOM = "custom"
+PRESETS = {"same size": 1.0, "3/4 of the blocks": 0.75, "2/3 of the blocks": 2 / 3, "1/2 of the blocks": 0.5, CUSTOM: None}
+DTYPES = ("bf16", "fp16", "fp32")
+
+
+class WanLiteCreateStudent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanLiteCreateStudent", display_name="WanLite Create Student", category="WanLite",
+            description="Cuts a smaller WAN out of the teacher: keeps the blocks and FFN neurons that matter most for these prompts and refits "
+                        "what is left. The start is kept under output/wanlite/starts; asking for the same again takes no time.",
+            inputs=[
+                io.Model.Input("model", tooltip="The teacher: a WAN text-to-video MODEL from any loader, with or without LoRA. The LoRA becomes "
+                                                "part of the student; the shift of ModelSamplingSD3 is read from it."),
+                Prompts.Input("prompts", tooltip="What the teacher is watched on while blocks are chosen."),
+                io.Latent.Input("latent", tooltip="Tells the size and the number of frames that the student is meant for; its content is not "
+                                                  "used. EmptyHunyuanLatentVideo makes one."),
+                io.Combo.Input("preset", options=list(PRESETS), default="2/3 of the blocks",
+                               tooltip="How much of the teacher is kept, in whole blocks. 'custom' reads the three fields below."),
+                io.Int.Input("depth", default=0, min=0, max=1000,
+                             tooltip="custom: how many blocks to keep. 0 keeps as many as the teacher has, or as the keep-map names."),
+                io.Int.Input("ffn_dim", default=0, min=0, max=1_000_000, step=1,
+                             tooltip="custom: FFN neurons in each block. 0 keeps the teacher's. Fewer save memory more than time."),
+                io.String.Input("keep_map", default="", placeholder="0-3,5,7-9",
+                                tooltip="custom: exactly these of the teacher's blocks, counted from 0, as numbers and ranges. Empty: chosen."),
+                io.Combo.Input("method", options=["greedy", "interleaved"], default="greedy",
+                               tooltip="How blocks are chosen: 'greedy' removes, one after another, the block that changes the teacher's answer "
+                                       "least (some minutes); 'interleaved' spreads them evenly (no time). Not used with a keep-map."),
+                io.Float.Input("cfg", default=5.0, min=1.0, max=100.0, step=0.1,
+                               tooltip="Guidance scale of the teacher while it is watched; set it as in WanLite Distill."),
+                io.Int.Input("probe_seed", default=0, min=0, max=2**31 - 1,
+                             tooltip="Noise of the states that blocks are judged on. Another number may choose other blocks."),
+            ],
+            outputs=[Student.Output(display_name="student"), io.String.Output(display_name="report")],
+            hidden=[io.Hidden.unique_id])
+
+    @classmethod
+    def validate_inputs(cls, depth: int | None = None, ffn_dim: int | None = None, keep_map: str | None = None, preset: str = CUSTOM) -> bool | str:
+        if preset not in PRESETS:
+            return f"preset is {preset!r}. Choose one of {', '.join(PRESETS)}."
+        if preset != CUSTOM and (depth or ffn_dim or keep_map):
+            return f"The preset '{preset}' decides the size, and depth, ffn_dim or keep_map say it again. Set them to 0 and empty, or choose 'custom'."
+        return True
+
+    @classmethod
+    def execute(cls, model: Any, prompts: Any, latent: dict, preset: str, depth: int, ffn_dim: int, keep_map: str, method: str, cfg: float,
+                probe_seed: int) -> io.NodeOutput:
+        from ..wanlite_model.compress.build import create_student
+        from ..wanlite_model.compress.plan import parse_keep_map
+        from .comfy_bridge.latents import shape_of
+        from .comfy_bridge.runtime import Bar, drive
+        from .comfy_bridge.teacher import ComfyTeacher
+        teacher = ComfyTeacher(model)
+        layers, share = teacher.config.num_layers, PRESETS[preset]
+        keep = parse_keep_map(keep_map, layers) if keep_map.strip() else None
+        bar = Bar(cls.hidden.unique_id)
+        student, report = drive(
+            create_student(teacher, prompts, shape_of(latent, teacher.config.in_dim), keep=keep, method=method, seed=probe_seed, cfg=cfg,
+                           depth=max(1, round(layers * share)) if share else depth or None, ffn_dim=ffn_dim or None,
+                           folder=folders.output_folder("starts")),
+            lambda event: bar.show(event.stage, event.done, event.total))
+        report = "\n".join((report, *teacher.notes))
+        return io.NodeOutput(student, report, ui=ui.PreviewText(report))
+
+
+class WanLiteSaveStudent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanLiteSaveStudent", display_name="WanLite Save Student", category="WanLite", is_output_node=True,
+            description="Saves a student into models/diffusion_models, opens it with ComfyUI's own loader and compares one forward before it is "
+                        "put in place. A ready workflow of stock nodes with the right steps, cfg and shift is saved with it.",
+            inputs=[
+                Student.Input("student", tooltip="The student to save."),
+                io.String.Input("name", default="wanlite-student", tooltip="Its name below models/diffusion_models: letters, digits, spaces, - and _."),
+                io.Combo.Input("format", options=["folder", "single file"], default="folder",
+                               tooltip="'folder' opens in ComfyUI, in Wan's own code and in diffusers. 'single file' is one .safetensors with nothing "
+                                       "beside it; its workflow goes to output/wanlite/workflows."),
+                io.Combo.Input("dtype", options=list(DTYPES), default="bf16",
+                               tooltip="Of the saved weights. bf16 and fp16 take 2 bytes a parameter, fp32 takes 4."),
+                io.Boolean.Input("overwrite", default=False,
+                                 tooltip="Replace a student of this name. What WanLite did not write is never replaced."),
+            ],
+            outputs=[io.String.Output(display_name="file_name", tooltip="As Load Diffusion Model lists it.")])
+
+    @classmethod
+    def validate_inputs(cls, name: str | None = None) -> bool | str:
+        from ..wanlite_model.errors import WanLiteError
+        from ..wanlite_model.formats.place import check_name
+        try:
+            return name is None or bool(check_name(name))
+        except WanLiteError as error:
+            return str(error)
+
+    @classmethod
+    def execute(cls, student: Any, name: str, format: str, dtype: str, overwrite: bool) -> io.NodeOutput:
+        from .comfy_bridge.save import save
+        report = save(student, name, layout=format, dtype=dtype, overwrite=overwrite)
+        return io.NodeOutput(folders.stock_name(report.file), ui=ui.PreviewText(report.sentence))
+
+
+class WanLiteLoadStudent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanLiteLoadStudent", display_name="WanLite Load Student", category="WanLite",
+            description="A saved student, to sample it or to go on distilling it. Any other WAN file is taken as a student that keeps all blocks.",
+            inputs=[io.Combo.Input("name", options=folders.model_names(),
+                                   tooltip="A file or folder below models/diffusion_models. A student's recommended shift is set on its MODEL.")],
+            outputs=[Student.Output(display_name="student"), io.Model.Output(display_name="model")])
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str) -> str:
+        return folders.changed(folders.model_path(name))
+
+    @classmethod
+    def execute(cls, name: str) -> io.NodeOutput:
+        from ..wanlite_model.compress.handle import StudentHandle
+        from .comfy_bridge.load import open_model
+        path = folders.found(name)
+        student = StudentHandle.of(path)
+        return io.NodeOutput(student, open_model(path, student.card.shift if student.card else None))

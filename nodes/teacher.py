@@ -1,0 +1,29 @@
+"""The teacher from disk. A MODEL of any stock loader is as good."""
+from comfy_api.latest import io, ui
+
+from .comfy_bridge import folders
+
+
+class WanLiteLoadTeacher(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanLiteLoadTeacher", display_name="WanLite Load Teacher", category="WanLite",
+            description="Loads a WAN text-to-video model: a .safetensors file as ComfyUI's Load Diffusion Model does, or a WAN or diffusers "
+                        "folder, sharded or not. The MODEL of any other loader can be a teacher too.",
+            inputs=[io.Combo.Input("name", options=folders.model_names(),
+                                   tooltip="A file below models/diffusion_models, or a folder there that has a config.json (names that end "
+                                           "with a slash).")],
+            outputs=[io.Model.Output(display_name="model"), io.String.Output(display_name="summary")])
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str) -> str:
+        return folders.changed(folders.model_path(name))
+
+    @classmethod
+    def execute(cls, name: str) -> io.NodeOutput:
+        from .comfy_bridge.load import open_model
+        from .comfy_bridge.teacher import ComfyTeacher
+        model = open_model(folders.found(name))
+        summary = "\n".join((f"{name}: {ComfyTeacher(model).describe()}", *ComfyTeacher(model).notes))
+        return io.NodeOutput(model, summary, ui=ui.PreviewText(summary))
