@@ -80,6 +80,15 @@ def check_latents(latents: Tensor | None, prompts: PromptBank) -> None:
                            "Give as many prompts as latents, in the same order, or a single prompt.")
 
 
+def latents_fingerprint(latents: Tensor | None) -> str:
+    """What `DistillJob.latents` holds: a hash of [N, C, T, H, W], empty without any."""
+    return "" if latents is None else _digest(latents)
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
 def plan_units(job: DistillJob, prompts: PromptBank, latents: Tensor | None, most: int | None = None) -> list[Unit]:
     """The units of a job, in order. `most` limits them to what a time budget allows (two at least)."""
     items = len(prompts) if latents is None else len(latents)
@@ -100,8 +109,8 @@ def plan_units(job: DistillJob, prompts: PromptBank, latents: Tensor | None, mos
 
 
 def _unit_key(job: DistillJob, prompts: PromptBank, latents: Tensor | None, prompt: int, item: int, index: int) -> str:
-    data = None if latents is None else hashlib.sha256(latents[item].float().contiguous().numpy().tobytes()).hexdigest()
-    negative = hashlib.sha256(prompts.negative.float().numpy().tobytes()).hexdigest() if job.guided else None
+    data = None if latents is None else _digest(latents[item])
+    negative = _digest(prompts.negative) if job.guided else None
     decides = (VERSION, job.teacher, job.shift, job.shape, job.cfg, rollout_sigmas(job).tolist(), job.recipe.full_range,
                job.train_seed, index, prompts.context_key(prompt), negative, data)
     return hashlib.sha256(repr(decides).encode()).hexdigest()[:24]

@@ -40,6 +40,7 @@ CACHE_SHARE = 0.4               # of a job's minutes may go into asking the teac
 TOKENS_A_PASS = 8192            # of a batch that go through the student at once; more are accumulated
 CHECKPOINT_TOKENS = 2048        # from this sample size on, blocks are computed twice to save memory
 TIMED_STEPS = 3
+LEAST_STEPS = 10                # of a job that has minutes, however few they are
 
 
 def trains(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,7 +194,7 @@ class Run:
                 yield from self._evaluate("measuring the speed")
                 evaluating = (time.monotonic() - begun) * self.job.recipe.evaluations
                 left = 60 * self.job.minutes - self._seconds() - evaluating
-                steps = max(10, int(0.95 * left / sorted(seconds)[len(seconds) // 2]))
+                steps = max(LEAST_STEPS, int(0.95 * left / sorted(seconds)[len(seconds) // 2]))
             noted = {"steps": steps, "evaluate_every": max(1, steps // self.job.recipe.evaluations)}
             self.files.note("plan", noted)
         return noted["steps"], noted["evaluate_every"]
@@ -219,7 +220,8 @@ class Run:
 
     def _over(self) -> bool:
         """The user said so, or a job that was given minutes and not steps has used them up."""
-        return self.should_finish() or (self.job.steps == 0 and self._seconds() > 60 * self.job.minutes)
+        late = self.job.steps == 0 and self.state.step >= LEAST_STEPS and self._seconds() > 60 * self.job.minutes
+        return late or self.should_finish()
 
     def _seconds(self) -> float:
         """Seconds that this session of the run has taken."""

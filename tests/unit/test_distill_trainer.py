@@ -1,0 +1,256 @@
+"""A run: resumable bit for bit, better than its start on held-out states, and never silently another job's."""
+import dataclasses
+from contextlib import closing
+
+import pytest
+import torch
+from helpers_tiny import random_bank, random_teacher
+from safetensors.torch import load_file
+
+from wanlite_model.compress.build import create_student
+from wanlite_model.distill.events import Eval, Finished, Sample, Saved, Stage, Step
+from wanlite_model.distill.job import DistillJob, Recipe
+from wanlite_model.distill.trainer import run
+from wanlite_model.errors import WanLiteError
+from wanlite_model.transformer import WanLiteStudent
+
+SHAPE = (16, 2, 4, 4)
+RECIPE = Recipe(learning_rate=2e-3, batch_size=4, warmup=2, teacher_steps=3, evaluations=2, ema_decay=0.5)
+
+
+def returned(generator):
+    while True:
+        try:
+            next(generator)
+        except StopIteration as end:
+            return end.value
+
+
+class Setting:
+    """A tiny teacher, its student, prompts and folders."""
+
+    def __init__(self, folder, prompts=3, depth=4):
+        self.folder, self.teacher, self.bank = folder, random_teacher(), random_bank(prompts)
+        self.student, _ = returned(create_student(self.teacher, self.bank, SHAPE, depth=depth, ffn_dim=256, keep=None, method="interleaved",
+                                                  seed=0, folder=folder / "starts"))
+
+    def job(self, **changes):
+        recipe = dataclasses.replace(RECIPE, **changes.pop("recipe", {}))
+        return DistillJob(**{"student": self.student.fingerprint, "teacher": self.teacher.fingerprint, "prompts": self.bank.fingerprint,
+                             "shape": SHAPE, "shift": self.teacher.shift, "cfg": 3.0, "steps": 6, "recipe": recipe, **changes})
+
+    def events(self, job=None, name="run", **options):
+        return run(job or self.job(), self.folder / name, self.folder / "cache", self.teacher, self.student, self.bank, **options)
+
+    def state(self, name="run"):
+        """Everything that training changes: weights, their average, the optimizer's moments."""
+        return load_file(self.folder / name / "checkpoint.safetensors")
+
+    def weights(self, name="run"):
+        return WanLiteStudent.from_pretrained(self.folder / name / "student").state_dict()
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    return Setting(tmp_path_factory.mktemp("trainer"))
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def averaged(state):
+    return {name: value for name, value in state.items() if name.startswith("average.")}
+
+
+def until(events, wanted):
+    with closing(events) as stream:
+        for event in stream:
+            if wanted(event):
+                return event
+    raise AssertionError("the event never came")
+
+
+def test_a_run_tells_its_story_and_ends_below_the_start_and_the_plain_cut(setting):
+    events = list(setting.events(setting.job(steps=40), "story"))
+    assert isinstance(events[0], Stage) and isinstance(events[-1], Finished)
+    steps = [event for event in events if isinstance(event, Step)]
+    assert [step.step for step in steps] == list(range(1, 41)) and {step.total for step in steps} == {40}
+    measured = [event for event in events if isinstance(event, Eval)]
+    assert [event.step for event in measured] == [20, 40]
+    end = events[-1]
+    assert measured[-1].held.error < 0.9 * end.plain_cut
+    assert end.losses == tuple(step.loss for step in steps)
+    assert "plain cut" in end.report and "no effect" in end.report
+    assert end.handle.card.cfg == 1 and end.handle.card.shift == setting.teacher.shift
+
+
+def test_resume_continues_bit_for_bit(setting):
+    list(setting.events(name="straight"))
+    until(setting.events(name="halted"), lambda event: isinstance(event, Step) and event.step == 2)
+    until(setting.events(name="halted"), lambda event: isinstance(event, Step) and event.step == 5)
+    steps = [event.step for event in setting.events(name="halted") if isinstance(event, Step)]
+    assert steps == [6]
+    assert same(setting.state("straight"), setting.state("halted"))
+    assert same(setting.weights("straight"), setting.weights("halted"))
+    logged = [(setting.folder / name / "metrics.jsonl").read_text(encoding="utf-8").count('"kind": "step"') for name in ("straight", "halted")]
+    assert logged == [6, 6]
+
+
+def test_a_run_stopped_while_it_evaluates_keeps_its_step_and_not_the_average(setting):
+    list(setting.events(name="straight"))
+    until(setting.events(name="evaluating"), lambda event: isinstance(event, Stage) and event.name == "evaluating")
+    list(setting.events(name="evaluating"))
+    assert same(setting.state("straight"), setting.state("evaluating"))
+
+
+def test_a_cache_that_was_interrupted_goes_on_and_gives_the_same_run(setting, tmp_path):
+    own = Setting(tmp_path)
+    until(own.events(), lambda event: isinstance(event, Stage) and event.name == "asking the teacher" and event.done == 2)
+    list(own.events())
+    list(setting.events(name="straight"))
+    assert same(setting.state("straight"), own.state())
+
+
+def test_a_finished_run_returns_from_disk_without_asking_the_teacher(setting):
+    list(setting.events(name="straight"))
+    teacher, setting.teacher = setting.teacher, random_teacher()
+    setting.teacher.module = None               # any forward would fail
+    try:
+        events = list(setting.events(name="straight"))
+    finally:
+        setting.teacher = teacher
+    assert len(events) == 1 and isinstance(events[0], Finished) and len(events[0].losses) == 6
+
+
+def test_a_run_folder_of_another_job_is_refused_by_name_and_left_alone(setting):
+    list(setting.events(name="straight"))
+    before = {path: path.read_bytes() for path in (setting.folder / "straight").rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(WanLiteError, match=r"cfg=3.0, not 4.0.*new run name"):
+        list(setting.events(setting.job(cfg=4.0), "straight"))
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_changed_save_interval_does_not_start_a_new_run(setting):
+    until(setting.events(name="interval"), lambda event: isinstance(event, Step) and event.step == 3)
+    steps = [event.step for event in setting.events(setting.job(recipe={"save_every": 0.1}), "interval") if isinstance(event, Step)]
+    assert steps == [4, 5, 6]
+
+
+def test_save_every_writes_checkpoints_while_it_runs(setting, monkeypatch):
+    clock = iter(range(0, 10_000_000, 20))      # each look at the clock is 20 seconds later
+    monkeypatch.setattr("wanlite_model.distill.trainer.time.monotonic", lambda: float(next(clock)))
+    often = [e for e in setting.events(setting.job(recipe={"save_every": 0.5}), "often") if isinstance(e, Saved)]
+    rarely = [e for e in setting.events(setting.job(recipe={"save_every": 100}), "rarely") if isinstance(e, Saved)]
+    assert len(often) > len(rarely) == 0 and often[0].bytes > 0
+
+
+def test_a_run_in_use_is_refused(setting):
+    with closing(setting.events(name="busy")) as first:
+        next(first)
+        with pytest.raises(WanLiteError, match="in use"):
+            next(setting.events(name="busy"))
+
+
+def test_finish_now_ends_early_with_the_best_so_far(setting):
+    asked = []
+    events = []
+    for event in setting.events(setting.job(steps=500), "now", should_finish=lambda: bool(asked)):
+        events.append(event)
+        if isinstance(event, Step) and event.step == 3:
+            asked.append(True)
+    assert max(event.step for event in events if isinstance(event, Step)) == 3
+    assert isinstance(events[-2], Stage) and isinstance(events[-1], Finished) and "500 planned" in events[-1].report
+
+
+def test_the_best_is_kept_not_the_last(setting):
+    wild = setting.job(steps=12, recipe={"learning_rate": 0.1, "evaluations": 6})
+    end = list(setting.events(wild, "wild"))[-1]
+    errors = dict(end.evaluations)
+    best = min(errors, key=errors.get)
+    kept = end.handle.card.measured
+    assert kept["held_out_error"] <= errors[best] and kept["held_out_error"] < errors[12]
+
+
+def test_minutes_become_steps_once_and_a_resumed_run_obeys(setting):
+    job = setting.job(steps=0, minutes=0.1)
+    first = until(setting.events(job, "timed"), lambda event: isinstance(event, Step))
+    again = until(setting.events(job, "timed"), lambda event: isinstance(event, Step))
+    assert first.total == again.total >= 10 and again.step == 2
+
+
+@pytest.mark.parametrize("change", [
+    {"recipe": {"learning_rate": 1e-3}}, {"recipe": {"batch_size": 2}}, {"recipe": {"warmup": 0}}, {"recipe": {"max_grad_norm": 0.01}},
+    {"recipe": {"weight_decay": 0.5}}, {"recipe": {"ema_decay": 0.0}}, {"recipe": {"teacher_steps": 4}}, {"recipe": {"renoised": 0.0}},
+    {"recipe": {"renoised": 1.0}}, {"recipe": {"full_range": 1.0}}, {"recipe": {"objective": "velocity + features"}}, {"cfg": 1.0}, {"cfg": 6.0},
+    {"fold_guidance": False}, {"sigmas": (1.0, 0.5, 0.0)}, {"train_seed": 1}, {"steps": 5},
+], ids=str)
+def test_every_setting_that_decides_the_weights_changes_them(setting, change):
+    name = "effect " + "".join(c if c.isalnum() else "_" for c in str(change))
+    list(setting.events(name="straight"))
+    list(setting.events(setting.job(**change), name))
+    assert not same(averaged(setting.state("straight")), averaged(setting.state(name)))
+
+
+def test_evaluations_says_how_often_the_held_out_error_is_measured(setting):
+    events = setting.events(setting.job(recipe={"evaluations": 3}), "thrice")
+    assert [event.step for event in events if isinstance(event, Eval)] == [2, 4, 6]
+
+
+def test_guidance_kept_leaves_a_student_whose_negative_prompt_matters(setting):
+    end = list(setting.events(setting.job(fold_guidance=False), "kept"))[-1]
+    assert end.handle.card.cfg == 3.0 and "no effect" not in end.report
+
+
+def test_user_latents_are_what_is_trained_on(setting):
+    latents = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(5))
+    from wanlite_model.distill.data import latents_fingerprint
+    job = setting.job(latents=latents_fingerprint(latents))
+    list(setting.events(name="straight"))
+    list(setting.events(job, "latents", latents=latents))
+    assert not same(setting.state("straight"), setting.state("latents"))
+    with pytest.raises(WanLiteError, match="2 latents and 3 prompts"):
+        list(setting.events(job, "two", latents=latents[:2]))
+    assert not (setting.folder / "two").exists()
+
+
+def test_samples_are_drawn_at_evaluations_when_asked_for(setting):
+    drawn = [event for event in setting.events(name="drawn", samples=True) if isinstance(event, Sample)]
+    assert [sample.step for sample in drawn] == [3, 6] and drawn[0].latents.shape == (1, *SHAPE)
+    assert not torch.equal(drawn[0].latents, drawn[1].latents)
+    assert same(setting.state("drawn"), setting.state("straight"))
+
+
+def test_it_trains_inside_inference_mode_as_comfyui_runs_nodes(setting):
+    list(setting.events(name="straight"))
+    with torch.inference_mode():
+        list(setting.events(name="inference"))
+    assert same(setting.state("straight"), setting.state("inference"))
+
+
+def test_a_yield_holds_no_gradient_mode(setting):
+    with torch.no_grad():
+        for event in setting.events(name="modes"):
+            assert not torch.is_grad_enabled(), event
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(setting, monkeypatch):
+    from wanlite_model.distill import objectives
+    exact = objectives.velocity_loss
+    monkeypatch.setattr(objectives, "velocity_loss", lambda v, target: exact(v, target) * (float("nan") if broken else 1))
+    broken = []
+    with pytest.raises(WanLiteError, match="not finite at step 4"):
+        for event in setting.events(name="burst"):
+            if isinstance(event, Step) and event.step == 3:
+                broken.append(True)
+    monkeypatch.undo()
+    assert all(torch.isfinite(value).all() for value in setting.state("burst").values())
+    assert [event.step for event in setting.events(name="burst") if isinstance(event, Step)] == [4, 5, 6]
+
+
+@pytest.mark.parametrize(("change", "told"), [({"shape": (4, 2, 4, 4)}, "4 channels"), ({"shape": (16, 2, 5, 4)}, "multiples of 16"),
+                                              ({"teacher": "another"}, "another")])
+def test_a_job_that_cannot_start_says_so_and_writes_nothing(setting, change, told):
+    with pytest.raises(WanLiteError, match=told):
+        list(setting.events(setting.job(**change), "never"))
+    assert not (setting.folder / "never").exists()
