@@ -147,6 +147,15 @@ def test_a_save_is_called_verified_only_when_it_was(student, models):
     assert "not verified: no memory was free." in report.sentence
 
 
+def test_what_a_node_holds_can_be_saved(models):
+    """Nodes run in inference mode: what is made there are inference tensors, before the save or during it."""
+    with torch.inference_mode():
+        student = random_wan(depth=1, ffn_dim=65)
+        save(student, models / "cats")
+    save(student, models / "dogs", dtype=torch.bfloat16)
+    assert equal(models / "cats", student.state_dict())
+
+
 # --- all or nothing
 
 def bad(name):
@@ -248,7 +257,7 @@ def test_an_ordinary_name_is_taken_as_it_is(name):
 
 def test_a_wrong_name_changes_nothing(student, models, tmp_path):
     before = on_disk(tmp_path)
-    for name, layout in (("a:b", "folder"), ("con.safetensors", "single file"), ("cats.ckpt", "single file")):
+    for name, layout in (("a:b", "folder"), ("con.safetensors", "single file"), ("cats.ckpt", "single file"), ("cats", "single")):
         with pytest.raises(WanLiteError):
             save(student, models / name, layout=layout)
     assert on_disk(tmp_path) == before
@@ -346,14 +355,14 @@ def test_no_unfinished_file_is_where_comfyui_looks(student, models, monkeypatch)
             yield item
 
     write_student(models / "cats", config=student.wan, tensors=items())
-    make = write.temporary_place.__wrapped__.__globals__["tempfile"].mkdtemp
+    make = Path.mkdir
 
-    def refuse_above(prefix, dir):
-        if Path(dir) != models:
+    def refuse_above(path, *args, **kwargs):
+        if path.parent == models.parent and path != models:
             raise PermissionError(errno.EACCES, "Permission denied")
-        return make(prefix=prefix, dir=dir)
+        make(path, *args, **kwargs)
 
-    monkeypatch.setattr("tempfile.mkdtemp", refuse_above)
+    monkeypatch.setattr(Path, "mkdir", refuse_above)
     write_student(models / "dogs", config=student.wan, tensors=items())
     assert {len(paths) for paths in seen[:len(seen) // 2]} == {0} and {len(paths) for paths in seen[len(seen) // 2:]} == {1}
     assert {path.name for path in models.iterdir()} == {"cats", "dogs"}

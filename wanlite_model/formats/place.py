@@ -7,8 +7,8 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,9 +50,10 @@ def temporary_place(destination: Path) -> Iterator[Path]:
         if home.stat().st_dev == anchor.stat().st_dev:
             try:
                 _sweep(home)
-                place = Path(tempfile.mkdtemp(prefix=PREFIX, dir=home))
+                place = home / (PREFIX + uuid.uuid4().hex[:12])
+                place.mkdir()                   # not mkdtemp: on Windows what it makes, and all in it, stays one user's own
                 break
-            except PermissionError:
+            except OSError:
                 if home == anchor:
                     raise
     try:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,12 +27,10 @@ INDEX_END = ".safetensors.index.json"
 CHOOSE = "Choose a WAN 2.1 or 2.2 file from models/diffusion_models."
 
 
-class Place:
+class Place(NamedTuple):
     """Where a tensor is: its file, and its entry in that file's header."""
-    __slots__ = ("path", "entry")
-
-    def __init__(self, path: Path, entry: Entry) -> None:
-        self.path, self.entry = path, entry
+    path: Path
+    entry: Entry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -55,8 +56,9 @@ def write_student(destination: Path, *, config: WanConfig, tensors: Iterable[tup
     place; what it raises ends the save. workflow_folder: where a single file's workflow goes (a folder holds its own).
     Raises WanLiteError, and then nothing on disk has changed.
     """
-    destination = Path(destination).absolute()
-    single = layout == "single file"
+    if layout not in ("folder", "single file"):
+        raise WanLiteError(f"layout is {layout!r}.", "It is 'folder' or 'single file'.")
+    destination, single = Path(destination).absolute(), layout == "single file"
     name = check_name(_name(destination, single))
     workflow = (workflow_folder and Path(workflow_folder).absolute() / (name + WORKFLOW_END)) if single else destination / (name + WORKFLOW_END)
     _check_free(destination, workflow if single else None, overwrite)
@@ -73,7 +75,7 @@ def write_student(destination: Path, *, config: WanConfig, tensors: Iterable[tup
                 _write_beside(new, config, size, provenance)
             verified = verify(new_file) if verify else None
             moves = [(new, destination)]
-            graph = stock_workflow(destination.name if single else f"{name}/{MODEL_FILE}", card or StudentCard(), config)
+            graph = stock_workflow(destination.name if single else os.path.join(name, MODEL_FILE), card or StudentCard(), config)
             if graph and workflow:
                 home = stack.enter_context(temporary_place(workflow)) if single else new
                 _json(home / workflow.name, graph)
