@@ -164,7 +164,11 @@ class ComfyServer:
         Raises:
             ServerError: a node failed, or the prompt was interrupted; with what the server said.
         """
-        entry = self.wait(self.queue(prompt), timeout)
+        return self.outputs(self.queue(prompt), timeout)
+
+    def outputs(self, prompt_id: str, timeout: float = 300) -> dict:
+        """The outputs of a queued prompt once it has ended; raises as `run` does."""
+        entry = self.wait(prompt_id, timeout)
         if entry["status"]["status_str"] != "success":
             raise ServerError(failure(entry))
         return entry["outputs"]

@@ -71,8 +71,8 @@ def _inputs(node: dict, nodes: dict[str, dict], links: dict[Any, _Link], spec: d
 def _widget_values(node: dict, spec: dict) -> dict[str, Any]:
     saved = node.get("widgets_values", [])
     if isinstance(saved, dict):         # some packs save by name
-        return {name: saved[name] for name, _ in _widgets(spec) if name in saved}
-    slots = [slot for name, declared in _widgets(spec) for slot in ((name, declared), *_controls(name, declared))]
+        return {name: saved[name] for name, _ in widgets(spec) if name in saved}
+    slots = [slot for name, declared in widgets(spec) for slot in ((name, declared), *controls(name, declared))]
     # Values behind the last slot are of widgets that only the browser has, such as a preview or an upload button.
     if len(saved) < len(slots):
         raise WanLiteError(f"Node {node['id']} ({node['type']}) has {len(saved)} saved widget values",
@@ -90,13 +90,13 @@ def _widget_values(node: dict, spec: dict) -> dict[str, Any]:
     return values
 
 
-def _widgets(spec: dict) -> list[tuple[str, list]]:
+def widgets(spec: dict) -> list[tuple[str, list]]:
     """The inputs that the browser shows as widgets, in its order: required ones first."""
     declared = [item for group in ("required", "optional") for item in spec.get(group, {}).items()]
     return [(name, value) for name, value in declared if _kind(value) in _WIDGETS and not _options(value).get("forceInput")]
 
 
-def _controls(name: str, declared: list) -> list[tuple[str, None]]:
+def controls(name: str, declared: list) -> list[tuple[str, None]]:
     """The widgets that the browser adds after a number or list it may change by itself once a prompt is queued."""
     control = _options(declared).get("control_after_generate")
     if _kind(declared) == "INT" and (name in ("seed", "noise_seed") if control is None else control):

@@ -45,7 +45,8 @@ def _card(job: DistillJob, start: StudentHandle, teacher: Teacher, held: Held, p
     _, frames, height, width = job.shape
     recipe = {name: value for name, value in asdict(job.recipe).items() if not isinstance(value, str)}
     recipe |= {"cfg": job.cfg, "fold_guidance": int(job.fold_guidance), "train_steps": state.step, "train_seed": job.train_seed,
-               "feature_kd": int(job.recipe.objective == "velocity + features"), "user_latents": int(bool(job.latents))}
+               "feature_kd": int(job.recipe.objective == "velocity + features"), "user_latents": int(bool(job.latents)), "teacher_layers": start.plan.teacher_layers,
+               "teacher_ffn_dim": start.plan.teacher_ffn_dim}
     return StudentCard(steps=steps, cfg=job.student_cfg, shift=job.shift, keep=start.plan.keep,
                        size=(PIXELS * width, PIXELS * height, FRAMES * (frames - 1) + 1), ffn_dim=start.config.ffn_dim,
                        teacher=f"{teacher.config.model_type}, {teacher.config.num_layers} blocks of {teacher.config.dim}, FFN {teacher.config.ffn_dim}",
