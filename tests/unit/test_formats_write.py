@@ -15,6 +15,7 @@ from safetensors import safe_open
 from wanlite_model.errors import WanLiteError
 from wanlite_model.formats import container, write
 from wanlite_model.formats.card import StudentCard
+from wanlite_model.formats.container import read_header
 from wanlite_model.formats.place import STALE, check_name
 from wanlite_model.formats.read import open_wan
 from wanlite_model.formats.write import Verified, write_student
@@ -343,6 +344,26 @@ def test_a_last_move_that_fails_puts_the_old_model_and_workflow_back(student, mo
     with pytest.raises(WanLiteError):
         save(random_wan(seed=9, depth=2), models / "cats.safetensors", layout="single file", workflow_folder=workflows, overwrite=True)
     assert on_disk(tmp_path) == before
+
+
+@pytest.mark.parametrize("layout, name", [("folder", "cats"), ("single file", "cats.safetensors")])
+def test_what_cannot_even_be_moved_back_is_kept(student, models, monkeypatch, layout, name):
+    """The worst case: the disk takes the first move and none after it. The old student is then in the hidden folder, whole."""
+    save(student, models / name, layout=layout)
+    rename, moved = os.rename, []
+
+    def once(source, goal):
+        if moved:
+            raise OSError(errno.EIO, "Input/output error")
+        if Path(source) == models / name:
+            moved.append(Path(goal))
+        rename(source, goal)
+
+    monkeypatch.setattr(os, "rename", once)
+    with pytest.raises(WanLiteError, match="Nothing is lost: it is in"):
+        save(random_wan(seed=9, depth=2), models / name, layout=layout, overwrite=True)
+    old = moved[0] / "diffusion_model.safetensors" if layout == "folder" else moved[0]
+    assert read_header(old).entries.keys() == student.state_dict().keys()
 
 
 def test_no_unfinished_file_is_where_comfyui_looks(student, models, monkeypatch):

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 MAX_NAME = 200                          # bytes; leaves room for endings below the 255 of common file systems
 DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}    # Windows
 PREFIX = ".wanlite-tmp-"
+OLD = ".old"                            # what was moved aside
 STALE = 24 * 3600                       # seconds after which a temporary folder belongs to a process that was killed
 FULL = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
 
@@ -59,9 +60,10 @@ def temporary_place(destination: Path) -> Iterator[Path]:
     try:
         yield place
     finally:
-        shutil.rmtree(place, ignore_errors=True)
-        if place.exists():
-            log.warning("The temporary folder %s could not be removed; it is safe to delete.", place.name)
+        if any(place.glob("*" + OLD)):
+            log.warning("What was to be overwritten is in %s.", place)
+        else:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def put_in_place(moves: Sequence[tuple[Path, Path]], destination: Path) -> None:
@@ -75,18 +77,29 @@ def put_in_place(moves: Sequence[tuple[Path, Path]], destination: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             steps = [(new, target)]
             if os.path.lexists(target):
-                steps.insert(0, (target, new.with_name(new.name + ".old")))
+                steps.insert(0, (target, new.with_name(new.name + OLD)))
             for source, goal in steps:
                 _rename(source, goal)
                 done.append((source, goal))
-    except OSError as error:
-        for source, goal in reversed(done):
-            os.rename(goal, source)
+    except BaseException as error:
+        _undo(done)
         if isinstance(error, PermissionError):
             raise WanLiteError(f"{destination.name} could not be put in place: the system does not allow it ({error.strerror}).",
                                "A model that is loaded from there keeps its file in use on Windows.",
                                "Unload it in ComfyUI or restart ComfyUI, or save under another name.") from error
         raise
+    for _, aside in done:
+        if aside.name.endswith(OLD):
+            shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
+
+
+def _undo(done: Sequence[tuple[Path, Path]]) -> None:
+    for source, goal in reversed(done):
+        try:
+            os.rename(goal, source)
+        except OSError as error:
+            raise WanLiteError(f"{source.name} could not be put in place, nor could all be moved back ({error.strerror}).",
+                               f"Nothing is lost: it is in {goal}.", "Check the disk, then move it back by hand.") from error
 
 
 def sentence_for(error: OSError, name: str) -> WanLiteError:
@@ -101,7 +114,7 @@ def sentence_for(error: OSError, name: str) -> WanLiteError:
 def _sweep(home: Path) -> None:
     """Removes what a killed process left, gigabytes perhaps; not what was moved aside: that is a user's older student."""
     for left in home.glob(PREFIX + "*"):
-        if left.is_dir() and time.time() - left.stat().st_mtime > STALE and not any(left.glob("*.old")):
+        if left.is_dir() and time.time() - left.stat().st_mtime > STALE and not any(left.glob("*" + OLD)):
             shutil.rmtree(left, ignore_errors=True)
 
 
