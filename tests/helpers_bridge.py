@@ -26,3 +26,20 @@ def lora(model, strength, rank=4, seed=1, names=("blocks.1.ffn.0", "blocks.3.sel
         file[f"diffusion_model.{name}.lora_A.weight"] = torch.randn(rank, columns, generator=generator)
         file[f"diffusion_model.{name}.lora_B.weight"] = torch.randn(rows, rank, generator=generator)
     return comfy.sd.load_lora_for_models(model, None, file, strength, 0.0)[0]
+
+
+def call(node, **given):
+    """A node's outputs, run as ComfyUI runs it: in inference mode, widgets that are not given at their defaults."""
+    defaults = {widget.id: widget.default for widget in node.GET_SCHEMA().inputs if getattr(widget, "default", None) is not None}
+    with torch.inference_mode():
+        return node.PREPARE_CLASS_CLONE({}).EXECUTE_NORMALIZED(**{**defaults, **given}).result
+
+
+def empty_latent(width=64, height=64, frames=5, channels=16):
+    """What EmptyHunyuanLatentVideo makes."""
+    return {"samples": torch.zeros(1, channels, (frames - 1) // 4 + 1, height // 8, width // 8)}
+
+
+def tree(folder):
+    """Every file below a folder with its size: equal before and after means that nothing on disk changed."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}

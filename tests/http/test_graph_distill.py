@@ -1,0 +1,126 @@
+"""The whole job in a real server: stock loaders in, WanLite between, stock sampler and stock plot out; Cancel, and queue again."""
+import json
+
+import pytest
+from helpers_tiny import random_bank, random_wan
+from safetensors.torch import load_file, save_file
+
+from demo.comfy_server import ServerError
+from wanlite_model.formats.read import open_wan
+
+MODEL_FILE = "http-teacher.safetensors"
+BANK_FILE = "http-bank.safetensors"
+
+
+@pytest.fixture(scope="module")
+def files(server):
+    """A teacher in models/diffusion_models, and a prompt bank in input: no text encoder is needed."""
+    save_file(dict(random_wan(seed=3).state_dict()), server.base / "models/diffusion_models" / MODEL_FILE)
+    random_bank(2).save(server.base / "input" / BANK_FILE)
+    return server.base
+
+
+def graph(run_name, steps, **distil):
+    """The graph that the README describes, in API form, at 32x32 pixels and 5 frames."""
+    node = lambda kind, **inputs: {"class_type": kind, "inputs": inputs}        # noqa: E731
+    return {
+        "unet": node("UNETLoader", unet_name=MODEL_FILE, weight_dtype="default"),
+        "shift": node("ModelSamplingSD3", model=["unet", 0], shift=3.0),
+        "latent": node("EmptyHunyuanLatentVideo", width=32, height=32, length=5, batch_size=1),
+        "prompts": node("WanLiteEncodePrompts", prompts="", prompt_file="none", negative="", bank=f"input/{BANK_FILE}", save_as="", preview=2),
+        "create": node("WanLiteCreateStudent", model=["shift", 0], prompts=["prompts", 0], latent=["latent", 0], preset="1/2 of the blocks", depth=0,
+                       ffn_dim=0, keep_map="", method="greedy", cfg=3.0, probe_seed=0),
+        "recipe": node("WanLiteRecipe", objective="velocity", learning_rate=2e-3, batch_size=2, warmup=1, max_grad_norm=1.0, weight_decay=0.0,
+                       ema_decay=0.5, teacher_steps=2, renoised=0.5, full_range=0.25, evaluations=2, save_every=10.0),
+        "distil": node("WanLiteDistill", **{"student": ["create", 0], "model": ["shift", 0], "prompts": ["prompts", 0], "latent": ["latent", 0],
+                                            "recipe": ["recipe", 0], "guidance": "folded in", "cfg": 3.0, "minutes": 5.0, "steps": steps,
+                                            "run_name": run_name, "train_seed": 0, **distil}),
+        "report": node("PreviewAny", source=["distil", 3]),
+    }
+
+
+def with_outputs(prompt, name):
+    """The same graph with everything that can follow a distillation."""
+    node = lambda kind, **inputs: {"class_type": kind, "inputs": inputs}        # noqa: E731
+    return {
+        **prompt,
+        "sampler": node("KSampler", model=["distil", 1], positive=["prompts", 1], negative=["prompts", 2], latent_image=["latent", 0], seed=1,
+                        steps=2, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0),
+        "latents": node("SaveLatent", samples=["sampler", 0], filename_prefix=name),
+        "plot": node("LossGraphNode", loss=["distil", 2], filename_prefix="loss"),
+        "chart": node("PreviewImage", images=["distil", 4]),
+        "save": node("WanLiteSaveStudent", student=["distil", 0], name=name, format="folder", dtype="bf16", overwrite=False),
+    }
+
+
+def rows(base, run_name):
+    log = next((base / "output/wanlite/runs" / run_name).glob("*.jsonl"))
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    return [line["step"] for line in lines if line["kind"] == "step"]
+
+
+def test_the_whole_job_runs_and_the_saved_student_is_a_stock_model(server, files):
+    outputs = server.run(with_outputs(graph("whole", 4), "http-student"))
+    assert "plain cut" in outputs["report"]["text"][0] and "verified" in outputs["save"]["text"][0]
+    assert outputs["plot"]["images"] and outputs["chart"]["images"]
+    assert "http-student/diffusion_model.safetensors" in server.object_info()["UNETLoader"]["input"]["required"]["unet_name"][0]
+    with open_wan(files / "models/diffusion_models/http-student") as saved:
+        assert saved.config.num_layers == 3 and saved.card.shift == 3.0
+
+
+def test_the_saved_workflow_draws_what_distils_own_model_draws(server, files):
+    """Its text encoder is not here: the same embeddings come from the bank. What counts is sampler, steps, cfg and shift."""
+    from demo.graph import to_api
+    workflow = json.loads((files / "models/diffusion_models/http-student/http-student.workflow.json").read_text(encoding="utf-8"))
+    prompt = to_api(workflow, server.object_info())
+    prompts = graph("unused", 1)["prompts"]
+    by_kind = {node["class_type"]: number for number, node in prompt.items()}
+    sampler = prompt[by_kind["KSampler"]]["inputs"]
+    sampler.update(positive=["prompts", 1], negative=["prompts", 2], seed=1)
+    wanted = {by_kind[kind] for kind in ("UNETLoader", "ModelSamplingSD3", "KSampler", "EmptyHunyuanLatentVideo")}
+    stock = {number: node for number, node in prompt.items() if number in wanted}
+    stock.update({"prompts": prompts, "latents": {"class_type": "SaveLatent", "inputs": {"samples": [by_kind["KSampler"], 0], "filename_prefix": "stock"}}})
+    server.run(stock)
+    ours, theirs = (load_file(next((files / "output").glob(f"{name}_*.latent")))["latent_tensor"] for name in ("http-student", "stock"))
+    assert ours.shape == theirs.shape
+    difference = float((ours - theirs).abs().max() / ours.abs().max())
+    assert difference < 0.03, difference        # the file is bf16, the run's own weights are fp32
+
+
+def test_cancel_and_queue_again_continues_at_the_step_where_it_stopped(server, files):
+    prompt = graph("cancelled", 400)
+    first = server.queue(prompt)
+    for event in server.events(first):
+        if event["type"] == "progress" and event["data"]["max"] == 400 and event["data"]["value"] >= 5:
+            server.interrupt()
+            break
+    entry = server.wait(first)
+    assert any(kind == "execution_interrupted" for kind, _ in entry["status"]["messages"])
+    done = rows(files, "cancelled")
+    assert done == list(range(1, len(done) + 1)) and 5 <= len(done) < 400
+    second = server.queue(prompt)
+    for event in server.events(second):
+        if event["type"] == "progress" and event["data"]["max"] == 400 and event["data"]["value"] > len(done) + 3:
+            server.interrupt()
+            break
+    server.wait(second)
+    again = rows(files, "cancelled")
+    assert again == list(range(1, len(again) + 1)) and len(again) > len(done)
+
+
+def test_what_widgets_decide_is_refused_before_the_queue(server, files):
+    for node, changed, words in (("distil", {"run_name": "../up"}, "cannot be"), ("create", {"depth": 3}, "custom")):
+        prompt = graph("refused", 2)
+        prompt[node]["inputs"].update(changed)
+        with pytest.raises(ServerError, match=words):
+            server.queue(prompt)
+    assert not (files / "output/wanlite/runs/refused").exists()
+
+
+def test_a_link_that_does_not_fit_fails_the_node_with_a_sentence(server, files):
+    """What only a link decides reaches the node, whose first second says it."""
+    prompt = graph("misfit", 2)
+    prompt["create"]["inputs"]["latent"] = ["wrong", 0]
+    prompt["wrong"] = {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}}
+    with pytest.raises(ServerError, match="4 channels"):
+        server.run(prompt)

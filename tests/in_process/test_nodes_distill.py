@@ -1,0 +1,146 @@
+"""Distill: cancel and queue again lands on the same weights, outputs go into stock nodes, wrong links are refused at once."""
+import json
+import math
+
+import pytest
+import torch
+from helpers_bridge import call, empty_latent, relative, state, tree
+from helpers_tiny import random_bank
+
+BANK = random_bank(2)
+LATENT = empty_latent(32, 32, 5)                        # [1, 16, 2, 4, 4]
+
+
+@pytest.fixture
+def teacher(model):
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+    return ModelSamplingSD3().patch(model, 3.0)[0]
+
+
+@pytest.fixture
+def recipe(pack):
+    settings = {"learning_rate": 2e-3, "batch_size": 2, "warmup": 1, "teacher_steps": 2, "evaluations": 2, "ema_decay": 0.5}
+    return call(pack("nodes.recipe").WanLiteRecipe, **settings)[0]
+
+
+@pytest.fixture
+def start(teacher, pack):
+    node = pack("nodes.student").WanLiteCreateStudent
+    return call(node, model=teacher, prompts=BANK, latent=LATENT, preset="1/2 of the blocks", method="interleaved", depth=0, ffn_dim=0,
+                keep_map="", probe_seed=0)[0]
+
+
+@pytest.fixture
+def distil(teacher, start, recipe, pack):
+    """Distill's outputs; six steps unless told otherwise."""
+    def distilled(run_name, **given):
+        return call(pack("nodes.distill").WanLiteDistill, **{"student": start, "model": teacher, "prompts": BANK, "latent": LATENT, "recipe": recipe,
+                                                             "steps": 6, "cfg": 3.0, "run_name": run_name, "train_seed": 0, **given})
+    return distilled
+
+
+def rows(comfyui, run_name):
+    """The steps that the run's log tells of."""
+    logs = sorted((comfyui.base / "output/wanlite/runs" / run_name).glob("*.jsonl"))
+    lines = [json.loads(line) for log in logs for line in log.read_text(encoding="utf-8").splitlines()]
+    return [line["step"] for line in lines if line["kind"] == "step"]
+
+
+def test_outputs_go_into_stock_nodes(comfyui, distil, start, pack):
+    from comfy_extras.nodes_train import LossGraphNode
+    student, model, loss_map, report, chart = distil("story")
+    assert student.fingerprint != start.fingerprint and student.card.cfg == 1.0 and "plain cut" in report
+    assert model.get_model_object("model_sampling").shift == 3.0
+    assert len(loss_map["loss"]) == 6 and all(math.isfinite(loss) for loss in loss_map["loss"])
+    LossGraphNode.PREPARE_CLASS_CLONE({}).execute(loss_map, "loss")
+    assert chart.ndim == 4 and chart.shape[0] == 1 and chart.shape[-1] == 3 and 0 <= chart.min() < chart.max() <= 1
+    positive, negative = ([[context.unsqueeze(0), {}]] for context in (BANK.contexts[0], BANK.negative))
+    with torch.inference_mode():
+        (drawn,) = comfyui.nodes.KSampler().sample(model, 1, 2, 1.0, "euler", "simple", positive, negative, LATENT, 1.0)
+    assert torch.isfinite(drawn["samples"]).all()
+
+
+def test_a_cancelled_run_goes_on_and_lands_on_the_same_weights(comfyui, distil, pack, monkeypatch):
+    """Cancel arrives between two steps, as the button sends it from another thread."""
+    import comfy.model_management as management
+    runtime = pack("nodes.comfy_bridge.runtime")
+    shown = runtime.Bar.show
+
+    def cancel_at_three(bar, stage, done, total):
+        if (stage, done) == ("training", 3):
+            management.interrupt_current_processing()
+        shown(bar, stage, done, total)
+
+    straight, *_ = distil("straight")
+    with monkeypatch.context() as patched, pytest.raises(management.InterruptProcessingException):
+        patched.setattr(runtime.Bar, "show", cancel_at_three)
+        distil("cancelled")
+    assert rows(comfyui, "cancelled") == [1, 2, 3] and not management.processing_interrupted()
+    resumed, *_ = distil("cancelled")
+    assert rows(comfyui, "cancelled") == [1, 2, 3, 4, 5, 6]
+    with straight.open() as one, resumed.open() as other:
+        assert all(torch.equal(tensor, other.tensor(name)) for name, tensor in one.tensors())
+
+
+def test_a_finished_run_comes_back_from_disk_and_another_job_does_not_take_its_name(comfyui, distil, refused):
+    first = distil("finished")
+    before = tree(comfyui.base / "output/wanlite/runs/finished")
+    again = distil("finished")
+    assert again[0] == first[0] and again[2] == first[2] and again[3] == first[3]
+    with refused("steps=6, not 7"):
+        distil("finished", steps=7)
+    after = tree(comfyui.base / "output/wanlite/runs/finished")
+    assert {name: size for name, size in after.items() if "lock" not in name} == {n: s for n, s in before.items() if "lock" not in n}
+
+
+def test_folding_guidance_in_changes_what_the_student_learns(distil, pack):
+    bridge = pack("nodes.comfy_bridge.teacher").ComfyTeacher
+    folded, kept = distil("folded", steps=3), distil("kept", steps=3, guidance="kept")
+    assert (folded[0].card.cfg, kept[0].card.cfg) == (1.0, 3.0)
+    assert relative(bridge(folded[1]).velocity(*state()), bridge(kept[1]).velocity(*state())) > 1e-4
+
+
+def test_latents_are_training_data_in_processed_space(comfyui, distil, teacher, pack):
+    """What the VAE hands out is not what a WAN sees: mean and spread per channel lie between them."""
+    latents = pack("nodes.comfy_bridge.latents")
+    clips = {"samples": torch.randn(2, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))}
+    expected = teacher.get_model_object("latent_format").process_in(clips["samples"])
+    assert torch.equal(latents.training_latents(clips, teacher, 16), expected) and not torch.equal(expected, clips["samples"])
+    assert latents.training_latents(LATENT, teacher, 16) is None
+    assert distil("clips", latent=clips, steps=2)[0].card.recipe["user_latents"] == 1
+
+
+def test_sigmas_set_the_teachers_path_and_the_students_steps(distil):
+    assert distil("sigmas", steps=2, sigmas=torch.tensor([1.0, 0.8, 0.4, 0.0]))[0].card.steps == 3
+
+
+def bad_links():
+    return {
+        "a latent of another model": ({"latent": empty_latent(channels=4)}, "4 channels"),
+        "an odd size": ({"latent": empty_latent(40, 32)}, "even width and height"),
+        "three clips for two prompts": ({"latent": {"samples": torch.randn(3, 16, 2, 4, 4)}}, "3 latents and 2 prompts"),
+        "a masked clip": ({"latent": {"samples": torch.randn(2, 16, 2, 4, 4), "noise_mask": torch.ones(1)}}, "noise mask"),
+        "sigmas that stop halfway": ({"sigmas": torch.tensor([1.0, 0.5])}, "sigmas run from"),
+    }
+
+
+@pytest.mark.parametrize("what", bad_links())
+def test_wrong_links_get_a_sentence_and_leave_no_run_behind(what, comfyui, distil, refused):
+    given, words = bad_links()[what]
+    with refused(words):
+        distil("wrong", **given)
+    left = comfyui.base / "output/wanlite/runs/wrong"
+    assert not left.exists() or not any(left.iterdir())
+
+
+def test_hostile_run_names_are_refused_before_the_queue(pack):
+    check = pack("nodes.distill").WanLiteDistill.validate_inputs
+    assert check(run_name="cats 4") is True
+    assert all("cannot be" in check(run_name=name) for name in ("..", "a/b", "a\\b", "", "aux"))
+
+
+def test_the_recipe_node_shows_the_engines_own_defaults(pack):
+    engine = pack("wanlite_model.distill.job")
+    assert call(pack("nodes.recipe").WanLiteRecipe)[0] == engine.Recipe()
+    node = {widget.id: widget for widget in pack("nodes.recipe").WanLiteRecipe.GET_SCHEMA().inputs}
+    assert tuple(node["objective"].options) == engine.OBJECTIVES
