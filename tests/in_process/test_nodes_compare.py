@@ -13,6 +13,12 @@ def vae(comfyui):
     torch.manual_seed(0)
     network = comfy.ldm.wan.vae.WanVAE(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
                                        temperal_downsample=[False, True, True], dropout=0.0)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.ndim > 1 and not name.endswith("gamma"):
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+            else:
+                parameter.fill_(1.0 if name.endswith("gamma") else 0.0)
     return comfy.sd.VAE(sd=network.state_dict())
 
 
@@ -34,7 +40,7 @@ def halves(images):
 def test_equal_models_draw_equal_clips(compare):
     images, text, _, _, size = compare()
     left, right = halves(images)
-    assert images.shape == (5, 60, 68, 3) and torch.equal(left, right)
+    assert images.shape == (5, 60, 68, 3) and torch.equal(left, right) and left.std() > 0.05
     assert "equal to the teacher's" in text and size > 0
 
 
