@@ -19,7 +19,7 @@ from ...wanlite_model.errors import WanLiteError
 from ...wanlite_model.prompts import PromptBank
 from .latents import shape_of
 from .runtime import Bar
-from .teacher import ComfyTeacher
+from .teacher import check_variant
 from .text import conditioning
 
 LABEL = 28          # height of the line of text above the pictures
@@ -38,7 +38,8 @@ class Contender:
     @classmethod
     def of(cls, name: str, model: Any, steps: int, cfg: float) -> Contender:
         """Raises WanLiteError unless the MODEL is a WAN text-to-video model."""
-        return cls(name=name, model=model, steps=steps, cfg=cfg, channels=ComfyTeacher(model).config.in_dim)
+        check_variant(model)
+        return cls(name=name, model=model, steps=steps, cfg=cfg, channels=model.model.diffusion_model.in_dim)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,27 @@ import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
 from ...wanlite_model.errors import WanLiteError
-from ...wanlite_model.formats.read import open_wan
+from ...wanlite_model.formats.container import read_header
+from ...wanlite_model.formats.read import FLOATS, QUANTISED, open_wan
+
+log = logging.getLogger(__name__)
 
 
 def open_model(path: Path, shift: float | None = None, dtype: torch.dtype | None = None) -> Any:
     """The MODEL in a .safetensors file, or in a WAN or diffusers folder. shift: None leaves ComfyUI's default of 8.
 
-    A single file goes to the stock loader as it is, quantised or not. Raises WanLiteError when it is not a WAN.
+    A single file goes to the stock loader, quantised or not; a plain one is checked before, since ComfyUI fills what is missing
+    with whatever memory holds. Raises WanLiteError when it is not a whole WAN.
     """
     options = {} if dtype is None else {"dtype": dtype}
     file = path if path.is_file() else _only_file(path)
     if file is not None:
+        _check(file)
         try:
             model = comfy.sd.load_diffusion_model(str(file), model_options=options)
-        except RuntimeError as error:
-            raise WanLiteError(f"ComfyUI cannot open {file.name}: {str(error).splitlines()[0]}.", "",
-                               "Choose a WAN file from models/diffusion_models.") from error
+        except (RuntimeError, KeyError, ValueError, AssertionError, ZeroDivisionError) as error:
+            log.warning("ComfyUI's loader on %s: %s", file.name, error)
+            raise WanLiteError(f"ComfyUI cannot open {file.name} as a model.", "", "Choose a WAN file from models/diffusion_models.") from error
     else:
         with open_wan(path) as source:      # shards or diffusers names: newer ComfyUIs cannot load these again from disk by themselves
             model = comfy.sd.load_diffusion_model_state_dict({name: tensor for name, tensor in source.tensors()}, model_options=options)
@@ -35,6 +41,14 @@ def open_model(path: Path, shift: float | None = None, dtype: torch.dtype | None
 def with_shift(model: Any, shift: float) -> Any:
     """A clone of the MODEL that samples with this shift."""
     return ModelSamplingSD3().patch(model, shift)[0]
+
+
+def _check(file: Path) -> None:
+    """Raises WanLiteError on a broken container, and on a WAN in float dtypes that is not whole."""
+    entries = read_header(file).entries
+    if not any(name.endswith(QUANTISED) or entry.dtype not in FLOATS for name, entry in entries.items()):
+        with open_wan(file):
+            pass
 
 
 def _only_file(folder: Path) -> Path | None:

@@ -36,7 +36,7 @@ class ComfyTeacher:
     """
 
     def __init__(self, model: Any) -> None:
-        _check_variant(model)
+        check_variant(model)
         self._model, notes = plain_copy(model)
         self.config = _config(self._model.model.diffusion_model)
         self.shift = _shift(self._model)
@@ -133,7 +133,8 @@ class ComfyTeacher:
         return dtype if dtype in PLAIN else torch.float32
 
 
-def _check_variant(model: Any) -> None:
+def check_variant(model: Any) -> None:
+    """Raises WanLiteError, saying what it is, unless the MODEL is a WAN text-to-video model."""
     base = getattr(model, "model", None)
     kind = type(base).__name__
     found = "This MODEL is not a WAN: " + (f"ComfyUI opened it as {kind}." if isinstance(base, comfy.model_base.BaseModel)

@@ -74,7 +74,10 @@ class Training:
             elif isinstance(event, Finished):
                 ended.append(event)
 
-        drive(run(self.job, folder, cache, self.teacher, self.student, self.prompts, self.latents, samples=self.vae is not None), show)
+        try:
+            drive(run(self.job, folder, cache, self.teacher, self.student, self.prompts, self.latents, samples=self.vae is not None), show)
+        finally:
+            memory.release()
         return ended[0]
 
     def _bytes(self) -> int:

@@ -24,3 +24,21 @@ def refused(pack):
     """`with refused("words")`: the one sentence that a user reads holds these words (a regular expression)."""
     error = pack("wanlite_model.errors").WanLiteError
     return lambda words: pytest.raises(error, match=words)
+
+
+@pytest.fixture(scope="session")
+def vae(comfyui):
+    """A stock WAN VAE of random weights, 8 channels wide."""
+    import comfy.ldm.wan.vae
+    import comfy.sd
+    import torch
+    torch.manual_seed(0)
+    network = comfy.ldm.wan.vae.WanVAE(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
+                                       temperal_downsample=[False, True, True], dropout=0.0)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.ndim > 1 and not name.endswith("gamma"):
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+            else:
+                parameter.fill_(1.0 if name.endswith("gamma") else 0.0)
+    return comfy.sd.VAE(sd=network.state_dict())

@@ -166,7 +166,10 @@ def test_layers_with_scales_of_their_own_come_back_as_the_forward_uses_them(comf
     header = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
     model = comfy.sd.load_diffusion_model_state_dict(file, metadata=header)
     assert_baked_weights_answer_like(comfy_teacher(model), x, sigma, cond)
-    assert_baked_weights_answer_like(comfy_teacher(lora(model, 0.5)), x, sigma, cond, tolerance=0.05)
+    # With a LoRA, ComfyUI quantises the two patched layers again, with random rounding; the student's start is not rounded so.
+    patched = comfy_teacher(lora(model, 0.5))
+    effect = relative(comfy_teacher(model).velocity(x, sigma, cond), patched.velocity(x, sigma, cond))
+    assert_baked_weights_answer_like(patched, x, sigma, cond, tolerance=effect / 4)
 
 
 def assert_baked_weights_answer_like(teacher, x, sigma, cond, tolerance=1e-5):

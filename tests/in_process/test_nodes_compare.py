@@ -5,23 +5,6 @@ from helpers_bridge import call, empty_latent, lora
 from helpers_tiny import random_bank
 
 
-@pytest.fixture(scope="module")
-def vae(comfyui):
-    """A stock WAN VAE of random weights, 8 channels wide."""
-    import comfy.ldm.wan.vae
-    import comfy.sd
-    torch.manual_seed(0)
-    network = comfy.ldm.wan.vae.WanVAE(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
-                                       temperal_downsample=[False, True, True], dropout=0.0)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if parameter.ndim > 1 and not name.endswith("gamma"):
-                parameter.normal_(std=parameter[0].numel() ** -0.5)
-            else:
-                parameter.fill_(1.0 if name.endswith("gamma") else 0.0)
-    return comfy.sd.VAE(sd=network.state_dict())
-
-
 @pytest.fixture
 def compare(model, vae, pack):
     def compared(**given):

@@ -117,6 +117,18 @@ def test_latents_are_training_data_in_processed_space(comfyui, distil, teacher, 
     assert distil("clips", latent=clips, steps=2)[0].card.recipe["user_latents"] == 1
 
 
+def test_a_vae_shows_a_sample_at_every_evaluation(distil, vae):
+    import comfy.utils
+    shown, before = [], comfy.utils.PROGRESS_BAR_HOOK
+    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, node_id: shown.append(preview))
+    try:
+        distil("samples", steps=2, vae=vae)
+    finally:
+        comfy.utils.set_progress_bar_global_hook(before)
+    pictures = [preview[1] for preview in shown if preview]
+    assert len(pictures) == 2 and pictures[0].size == (32, 32) and len(pictures[0].getcolors(1024)) > 10
+
+
 def test_sigmas_set_the_teachers_path_and_the_students_steps(distil):
     assert distil("sigmas", steps=2, sigmas=torch.tensor([1.0, 0.8, 0.4, 0.0]))[0].card.steps == 3
 

@@ -172,6 +172,35 @@ def test_a_size_that_is_said_twice_is_refused_before_the_queue(nodes):
     assert check(preset="custom", depth=4, ffn_dim=0, keep_map="") is True
 
 
+@pytest.mark.parametrize("what, words", [("truncated", "broken.safetensors"), ("text", "broken.safetensors"), ("gap", "blocks.5.*is missing|is missing"),
+                                         ("no wan", "not a WAN")])
+def test_a_file_that_is_no_whole_wan_gets_a_sentence(what, words, comfyui, student, pack, refused):
+    """ComfyUI itself would fill what is missing with whatever memory holds."""
+    from safetensors.torch import save_file
+    path = comfyui.base / "models/diffusion_models/broken.safetensors"
+    tensors = {name: t.clone() for name, t in student.state_dict().items() if what != "gap" or not name.startswith("blocks.3.ffn")}
+    save_file({"conv.weight": torch.zeros(2, 2)} if what == "no wan" else tensors, path)
+    if what == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    if what == "text":
+        path.write_text("not a model", encoding="utf-8")
+    for node in (pack("nodes.teacher").WanLiteLoadTeacher, pack("nodes.student").WanLiteLoadStudent):
+        with refused(words):
+            call(node, name="broken.safetensors")
+    path.unlink()
+
+
+def test_a_quantised_file_is_a_teacher(comfyui, student, pack, comfy_teacher):
+    from safetensors.torch import save_file
+    tensors = {name: t.to(torch.float8_e4m3fn) if t.ndim == 2 else t.clone() for name, t in student.state_dict().items()}
+    save_file(tensors, comfyui.base / "models/diffusion_models/fp8.safetensors")
+    model, summary = call(pack("nodes.teacher").WanLiteLoadTeacher, name="fp8.safetensors")
+    x, sigma, cond = state()
+    with torch.no_grad():
+        assert relative(comfy_teacher(model).velocity(x, sigma, cond), student(x, 1000 * sigma, cond.context)) < 0.3
+    assert "6 blocks of 128" in summary
+
+
 def test_a_file_that_is_gone_gets_a_sentence(nodes, refused):
     with refused("is not in ComfyUI's model folders"):
         call(nodes.WanLiteLoadStudent, name="gone.safetensors")
