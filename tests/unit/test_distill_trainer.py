@@ -81,7 +81,7 @@ def test_a_run_tells_its_story_and_ends_below_the_start_and_the_plain_cut(settin
     end = events[-1]
     assert measured[-1].held.error < 0.9 * end.plain_cut
     assert end.losses == tuple(step.loss for step in steps)
-    assert "plain cut" in end.report and "no effect" in end.report
+    assert "plain cut" in end.report and "no effect" in end.report and "other noise of the same prompts" in end.report
     assert end.handle.card.cfg == 1 and end.handle.card.shift == setting.teacher.shift
 
 
@@ -212,6 +212,11 @@ def test_user_latents_are_what_is_trained_on(setting):
     with pytest.raises(WanLiteError, match="2 latents and 3 prompts"):
         list(setting.events(job, "two", latents=latents[:2]))
     assert not (setting.folder / "two").exists()
+
+
+def test_with_eight_prompts_the_report_says_that_new_prompts_were_measured(tmp_path):
+    end = list(Setting(tmp_path, prompts=8).events())[-1]
+    assert "of 2 prompts that were never trained on" in end.report
 
 
 def test_samples_are_drawn_at_evaluations_when_asked_for(setting):

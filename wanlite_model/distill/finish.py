@@ -9,15 +9,16 @@ from ..formats.card import StudentCard
 from ..formats.write import write_student
 from ..teacher import Teacher, fingerprint_tensors
 from .checkpoint import RunFolder, TrainState
+from .data import TeacherCache
 from .evaluate import Held
 from .events import Finished
-from .job import DistillJob
+from .job import HOLDOUT_PROMPTS, DistillJob
 
 PIXELS, FRAMES = 8, 4           # of video behind one latent, along a side and in time (WAN 2.1's VAE)
 
 
 def write_finished(job: DistillJob, files: RunFolder, start: StudentHandle, teacher: Teacher, state: TrainState, plain: Held,
-                   started: Held, planned: int) -> Finished:
+                   started: Held, planned: int, cache: TeacherCache) -> Finished:
     """Writes the best student into the run folder and notes the end, so that the same job returns at once."""
     best = next((row for row in files.rows("eval") if row["step"] == state.best_step), None)
     held = started if best is None else Held(error=best["error"], buckets=tuple(best["buckets"]), closure=best["closure"], states=best["states"])
@@ -25,7 +26,7 @@ def write_finished(job: DistillJob, files: RunFolder, start: StudentHandle, teac
     weights = files.load_best()
     write_student(files.student, config=start.config, tensors=weights.items(), card=card, overwrite=True)
     handle = replace(start, folder=str(files.student), fingerprint=fingerprint_tensors(weights.items()), card=card)
-    files.note("finished", {"handle": handle.to_json(), "report": _report(job, held, plain, started, state, planned),
+    files.note("finished", {"handle": handle.to_json(), "report": _report(job, held, plain, started, state, planned, cache),
                             "plain_cut": plain.error})
     return finished_from_disk(files)
 
@@ -54,13 +55,20 @@ def _card(job: DistillJob, start: StudentHandle, teacher: Teacher, held: Held, p
                        measured={"held_out_error": held.error, "plain_cut_error": plain.error, "best_step": state.best_step})
 
 
-def _report(job: DistillJob, held: Held, plain: Held, started: Held, state: TrainState, planned: int) -> str:
+def _report(job: DistillJob, held: Held, plain: Held, started: Held, state: TrainState, planned: int,
+            cache: TeacherCache) -> str:
     """Held-out numbers first; a falling training loss proves nothing."""
     target = f"the teacher at cfg {job.cfg:g}"
+    held_prompts = {unit.prompt for unit in cache.held}
+    apart = not held_prompts & {unit.prompt for unit in cache.train}
+    measured = (f"Measured on {held.states} states of {len(held_prompts)} prompts that were never trained on." if apart else
+                f"Measured on {held.states} states from other noise of the same prompts, since {HOLDOUT_PROMPTS} prompts are needed to hold "
+                "whole ones out: on new prompts the error may be larger.")
     gain = plain.error / held.error if held.error > 0 else math.inf
     lines = [
         f"Held-out velocity error against {target}: {held.error:.4f} (start {started.error:.4f}, plain cut {plain.error:.4f}): "
         f"{gain:.1f} times below the plain cut of the same size. 0 would be the teacher itself.",
+        measured,
         "By sigma, from clean to noise: " + ", ".join("-" if math.isnan(b) else f"{b:.4f}" for b in held.buckets)
         + " (plain cut " + ", ".join("-" if math.isnan(b) else f"{b:.4f}" for b in plain.buckets) + ").",
         f"Best of {state.step} steps ({planned} planned) was step {state.best_step}; that one was kept.",
@@ -68,7 +76,7 @@ def _report(job: DistillJob, held: Held, plain: Held, started: Held, state: Trai
         f"cfg {job.student_cfg:g}, shift {job.shift:g}.",
     ]
     if job.fold_guidance and job.guided:
-        lines.insert(2, f"Guidance folded in: {held.closure:.0%} of the way from the unguided to the guided teacher. "
+        lines.insert(3, f"Guidance folded in: {held.closure:.0%} of the way from the unguided to the guided teacher. "
                         "The negative prompt has no effect on this student.")
     if state.best_step == 0:
         lines.append("No evaluation was better than the start: train longer, or lower the learning rate.")

@@ -95,7 +95,8 @@ class Run:
                 self._keep_if_best(self.start.error)
             yield from self._train()
             yield Stage(name="writing the student", done=0, total=1)
-            yield write_finished(self.job, self.files, self.handle, self.teacher, self.state, self.plain, self.start, self.steps)
+            yield write_finished(self.job, self.files, self.handle, self.teacher, self.state, self.plain, self.start, self.steps,
+                                 self.cache)
 
     def _check(self) -> None:
         check_latents(self.latents, self.prompts)

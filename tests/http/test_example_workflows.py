@@ -1,0 +1,29 @@
+"""The shipped graphs fit the nodes as they are, and a real server takes them but for model files that nobody ships."""
+import json
+
+import pytest
+
+from demo.comfy_server import ServerError
+from demo.graph import to_api
+from demo.workflows import FOLDER, REAL, SETTINGS, TINY, build
+from wanlite_model.files import read_json
+
+
+def test_every_shipped_workflow_has_a_source():
+    assert {path.name for path in FOLDER.glob("*.json")} == {path.name for path in SETTINGS}
+
+
+@pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.stem)
+def test_the_file_is_what_the_command_writes_for_these_nodes(path, server):
+    assert read_json(path) == json.loads(json.dumps(build(SETTINGS[path], server.object_info()))), "run python -m demo.workflows"
+
+
+@pytest.mark.parametrize("path", [TINY, REAL], ids=lambda path: path.stem)
+def test_the_server_misses_nothing_but_model_files(path, server):
+    workflow = read_json(path)
+    prompt = to_api(workflow, server.object_info())
+    assert {node["class_type"] for node in prompt.values()} == {node["type"] for node in workflow["nodes"]} - {"MarkdownNote"}
+    with pytest.raises(ServerError) as refused:
+        server.queue(prompt)
+    complaints = str(refused.value).splitlines()[1:]
+    assert complaints and all(any(name in line for name in ("unet_name", "vae_name", "clip_name", "bank:")) for line in complaints), complaints
