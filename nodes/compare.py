@@ -26,11 +26,13 @@ class WanLiteCompare(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="WAN's VAE, which turns latents into pictures."),
                 io.Latent.Input("latent", tooltip="Tells the size and the number of frames; its content is not used."),
                 *settings("teacher", 30, 5.0), *settings("student", 20, 1.0), *settings("third", 20, 1.0, " MODEL, when there is one"),
-                io.Combo.Input("sampler", options=sampling.samplers(), default="euler", tooltip="ComfyUI's sampler, for all of them. Students are made for euler."),
+                io.Combo.Input("sampler", options=sampling.samplers(), default="euler",
+                               tooltip="ComfyUI's sampler, for all of them. Students are made for euler."),
                 io.Combo.Input("scheduler", options=sampling.schedulers(), default="simple",
                                tooltip="ComfyUI's scheduler, for all of them. Students are made for simple."),
                 io.Int.Input("clips", default=2, min=1, max=64, tooltip="How many prompts, from the first on, are sampled and measured."),
-                io.Int.Input("noise_number", default=0, min=0, max=2**31 - 1, tooltip="Another number, other noise; the same for every MODEL."),
+                io.Int.Input("noise_number", default=0, min=0, max=2**31 - 1,
+                             tooltip="Another number, other noise; the same for every MODEL."),
             ],
             outputs=[io.Image.Output(display_name="images", tooltip="Frames of all clips, one MODEL beside the other."),
                      io.String.Output(display_name="metrics"), io.Float.Output(display_name="teacher_seconds", tooltip="A clip, warm."),
@@ -39,11 +41,11 @@ class WanLiteCompare(io.ComfyNode):
             hidden=[io.Hidden.unique_id])
 
     @classmethod
-    def execute(cls, teacher: Any, student: Any, prompts: Any, vae: Any, latent: dict, sampler: str, scheduler: str, clips: int, noise_number: int,
-                third: Any = None, **settings: Any) -> io.NodeOutput:
+    def execute(cls, teacher: Any, student: Any, prompts: Any, vae: Any, latent: dict, sampler: str, scheduler: str, clips: int,
+                noise_number: int, third: Any = None, **settings: Any) -> io.NodeOutput:
         from .comfy_bridge.compare import Contender, compare
-        models = {"teacher": teacher, "student": student, "third": third}
-        contenders = [Contender.of(who, model, settings[f"{who}_steps"], settings[f"{who}_cfg"]) for who, model in models.items() if model is not None]
+        models = {"teacher": teacher, "student": student, **({"third": third} if third is not None else {})}
+        contenders = [Contender.of(who, model, settings[f"{who}_steps"], settings[f"{who}_cfg"]) for who, model in models.items()]
         result = compare(contenders, prompts=prompts, vae=vae, latent=latent, sampler=sampler, scheduler=scheduler, clips=clips,
                          noise_number=noise_number, node_id=cls.hidden.unique_id)
         first, second = result.measured[:2]

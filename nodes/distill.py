@@ -17,29 +17,38 @@ class WanLiteDistill(io.ComfyNode):
             description="Teaches the student what the teacher answers. Cancel keeps everything done so far: queueing the same again goes on "
                         "where it stopped, and a finished run comes back from disk.",
             inputs=[
-                Student.Input("student", tooltip="What to train: from WanLite Create Student, or a saved one. It is not changed; the result is new."),
-                io.Model.Input("model", tooltip="The teacher that the student was made from, or another WAN of the same latents. Its ModelSamplingSD3 "
-                                                "shift is the one the student is trained for."),
-                Prompts.Input("prompts", tooltip="What the teacher is asked about. From 8 prompts on, whole prompts are held out of training to "
-                                                 "measure the error on."),
-                io.Latent.Input("latent", tooltip="Size and number of frames to train at. An empty LATENT needs no data: the teacher makes it. A LATENT "
-                                                  "with clips is training data too: clip i belongs to prompt i, or one prompt serves all."),
+                Student.Input("student", tooltip="What to train: from WanLite Create Student, or a saved one. It is not changed; the result "
+                                                 "is new."),
+                io.Model.Input("model", tooltip="The teacher that the student was made from, or another WAN of the same latents. Its "
+                                                "ModelSamplingSD3 shift is the one the student is trained for."),
+                Prompts.Input("prompts", tooltip="What the teacher is asked about. From 8 prompts on, whole prompts are held out of training "
+                                                 "to measure the error on."),
+                io.Latent.Input("latent", tooltip="Size and number of frames to train at. An empty LATENT needs no data: the teacher makes it. "
+                                                  "A LATENT with clips is training data too: clip i belongs to prompt i, or one prompt "
+                                                  "serves all."),
                 io.Vae.Input("vae", optional=True, tooltip="Shows a sample on the node at every evaluation. Costs the time of drawing it."),
-                io.Sigmas.Input("sigmas", optional=True, tooltip="The noise levels of the teacher's recorded runs, from 1 down to 0. Without it: the "
-                                                                 "'simple' scheduler at the teacher's shift."),
+                io.Sigmas.Input("sigmas", optional=True, tooltip="The noise levels of the teacher's recorded runs, from 1 down to 0. Without "
+                                                                 "it: the 'simple' scheduler at the teacher's shift."),
                 Recipe.Input("recipe", optional=True, tooltip="Expert settings from WanLite Recipe."),
                 io.Combo.Input("guidance", options=list(GUIDANCE), default="folded in",
-                               tooltip="'folded in': the student answers as the guided teacher does and runs at cfg 1, in half the time; its negative "
-                                       "prompt has no effect. 'kept': the student runs with cfg and a negative prompt like its teacher."),
-                io.Float.Input("cfg", default=5.0, min=1.0, max=100.0, step=0.1, tooltip="The teacher's guidance scale. 1 asks it without guidance."),
+                               tooltip="'folded in': the student answers as the guided teacher does and runs at cfg 1, in half the time; its "
+                                       "negative prompt has no effect. 'kept': the student runs with cfg and a negative prompt like its "
+                                       "teacher."),
+                io.Float.Input("cfg", default=5.0, min=1.0, max=100.0, step=0.1,
+                               tooltip="The teacher's guidance scale. 1 asks it without guidance."),
                 io.Float.Input("minutes", default=30.0, min=0.1, max=1e6, step=1.0,
-                               tooltip="Length of the whole job in minutes, of which up to 40% go into asking the teacher. Counts when steps is 0."),
-                io.Int.Input("steps", default=0, min=0, max=10_000_000, tooltip="Training steps. 0: as many as the minutes allow, measured once at the start."),
-                io.String.Input("run_name", default="run-1", tooltip="Its folder below output/wanlite/runs. The same name with the same settings goes on "
-                                                                     "or comes back; with other settings it is refused, and nothing is lost."),
-                io.Int.Input("train_seed", default=0, min=0, max=2**31 - 1, tooltip="Decides noise and order of the training. The same seed is the same run."),
+                               tooltip="Length of the whole job in minutes, of which up to 40% go into asking the teacher. Counts when steps "
+                                       "is 0."),
+                io.Int.Input("steps", default=0, min=0, max=10_000_000,
+                             tooltip="Training steps. 0: as many as the minutes allow, measured once at the start."),
+                io.String.Input("run_name", default="run-1",
+                                tooltip="Its folder below output/wanlite/runs. The same name with the same settings goes on or comes back; "
+                                        "with other settings it is refused, and nothing is lost."),
+                io.Int.Input("train_seed", default=0, min=0, max=2**31 - 1,
+                             tooltip="Decides noise and order of the training. The same seed is the same run."),
             ],
-            outputs=[Student.Output(display_name="student"), io.Model.Output(display_name="model", tooltip="Ready for a stock KSampler: its shift is set."),
+            outputs=[Student.Output(display_name="student"),
+                     io.Model.Output(display_name="model", tooltip="Ready for a stock KSampler: its shift is set."),
                      io.LossMap.Output(display_name="loss_map", tooltip="For the stock Plot Loss Graph."),
                      io.String.Output(display_name="report"), io.Image.Output(display_name="chart")],
             hidden=[io.Hidden.unique_id])
@@ -63,5 +72,6 @@ class WanLiteDistill(io.ComfyNode):
                                minutes=minutes, steps=steps, train_seed=train_seed, fold_guidance=GUIDANCE[guidance])
         finished = training.run(folders.output_folder("runs") / run_name, folders.output_folder("cache"), cls.hidden.unique_id)
         report = "\n".join((finished.report, *training.teacher.notes))
-        return io.NodeOutput(finished.handle, open_model(finished.handle.file, finished.handle.card.shift), loss_map(finished.losses), report,
-                             picture(finished.losses, finished.evaluations, finished.plain_cut), ui=ui.PreviewText(report))
+        trained = open_model(finished.handle.file, finished.handle.card.shift)
+        chart = picture(finished.losses, finished.evaluations, finished.plain_cut)
+        return io.NodeOutput(finished.handle, trained, loss_map(finished.losses), report, chart, ui=ui.PreviewText(report))

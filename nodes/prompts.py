@@ -35,7 +35,8 @@ class WanLiteEncodePrompts(io.ComfyNode):
                              tooltip="Which prompt, counted from 1, goes to the positive output, for a sampler beside the distillation."),
             ],
             outputs=[Prompts.Output(display_name="prompts"), io.Conditioning.Output(display_name="positive"),
-                     io.Conditioning.Output(display_name="negative")])
+                     io.Conditioning.Output(display_name="negative")],
+            hidden=[io.Hidden.unique_id])
 
     @classmethod
     def validate_inputs(cls, save_as: str | None = None) -> bool | str:
@@ -63,11 +64,12 @@ class WanLiteEncodePrompts(io.ComfyNode):
 
     @classmethod
     def execute(cls, prompts: str, prompt_file: str, negative: str, bank: str, save_as: str, preview: int, clip: Any = None) -> io.NodeOutput:
-        from .comfy_bridge.runtime import drive
+        from .comfy_bridge.runtime import Bar, drive
         from .comfy_bridge.text import Wanted, conditioning, save_bank
         wanted = Wanted.of(prompts, prompt_file, negative, bank)
         wanted.check(clip, preview)
-        encoded = drive(wanted.encode(clip), lambda _: None)
+        bar = Bar(cls.hidden.unique_id)
+        encoded = drive(wanted.encode(clip), lambda done: bar.show("encoding prompts", done, len(wanted.missing)))
         saved = save_bank(encoded, save_as) if save_as else ""
         told = f"{len(encoded)} prompts, {len(wanted.missing)} texts encoded now, {len(wanted.known)} known from the bank.{saved}"
         return io.NodeOutput(encoded, conditioning(encoded.contexts[preview - 1]), conditioning(encoded.negative), ui=ui.PreviewText(told))

@@ -44,11 +44,13 @@ class WanLiteCreateStudent(io.ComfyNode):
             hidden=[io.Hidden.unique_id])
 
     @classmethod
-    def validate_inputs(cls, depth: int | None = None, ffn_dim: int | None = None, keep_map: str | None = None, preset: str = CUSTOM) -> bool | str:
+    def validate_inputs(cls, depth: int | None = None, ffn_dim: int | None = None, keep_map: str | None = None,
+                        preset: str = CUSTOM) -> bool | str:
         if preset not in PRESETS:
             return f"preset is {preset!r}. Choose one of {', '.join(PRESETS)}."
         if preset != CUSTOM and (depth or ffn_dim or keep_map):
-            return f"The preset '{preset}' decides the size, and depth, ffn_dim or keep_map say it again. Set them to 0 and empty, or choose 'custom'."
+            return (f"The preset '{preset}' decides the size, and depth, ffn_dim or keep_map say it again. Set them to 0 and empty, or choose "
+                    "'custom'.")
         return True
 
     @classmethod
@@ -81,10 +83,11 @@ class WanLiteSaveStudent(io.ComfyNode):
                         "put in place. A ready workflow of stock nodes with the right steps, cfg and shift is saved with it.",
             inputs=[
                 Student.Input("student", tooltip="The student to save."),
-                io.String.Input("name", default="wanlite-student", tooltip="Its name below models/diffusion_models: letters, digits, spaces, - and _."),
+                io.String.Input("name", default="wanlite-student",
+                                tooltip="Its name below models/diffusion_models: letters, digits, spaces, - and _."),
                 io.Combo.Input("format", options=["folder", "single file"], default="folder",
-                               tooltip="'folder' opens in ComfyUI, in Wan's own code and in diffusers. 'single file' is one .safetensors with nothing "
-                                       "beside it; its workflow goes to output/wanlite/workflows."),
+                               tooltip="'folder' opens in ComfyUI, in Wan's own code and in diffusers. 'single file' is one .safetensors with "
+                                       "nothing beside it; its workflow goes to output/wanlite/workflows."),
                 io.Combo.Input("dtype", options=list(DTYPES), default="bf16",
                                tooltip="Of the saved weights. bf16 and fp16 take 2 bytes a parameter, fp32 takes 4."),
                 io.Boolean.Input("overwrite", default=False,

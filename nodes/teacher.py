@@ -25,5 +25,6 @@ class WanLiteLoadTeacher(io.ComfyNode):
         from .comfy_bridge.load import open_model
         from .comfy_bridge.teacher import ComfyTeacher
         model = open_model(folders.found(name))
-        summary = "\n".join((f"{name}: {ComfyTeacher(model).describe()}", *ComfyTeacher(model).notes))
+        teacher = ComfyTeacher(model)
+        summary = "\n".join((f"{name}: {teacher.describe()}", *teacher.notes))
         return io.NodeOutput(model, summary, ui=ui.PreviewText(summary))

@@ -80,8 +80,8 @@ def compare(contenders: Sequence[Contender], *, prompts: PromptBank, vae: Any, l
     measured = tuple(Measured(name=one.name, parameters=_parameters(one.model), bytes=int(one.model.model_size()), seconds=taken,
                               psnr=_psnr(own, videos[0])) for one, taken, own in zip(contenders, seconds, videos))
     labels = [f"{one.name}: {one.steps} steps, cfg {one.cfg:g}, {m.seconds:.2f} s" for one, m in zip(contenders, measured)]
-    return Comparison(images=torch.cat([_beside([own[i] for own in videos], labels) for i in range(clips)]), text=_text(contenders, measured, shape, clips),
-                      measured=measured)
+    images = torch.cat([_beside([own[i] for own in videos], labels) for i in range(clips)])
+    return Comparison(images=images, text=_text(contenders, measured, shape, clips), measured=measured)
 
 
 def _drawn(one: Contender, prompts: PromptBank, shape: tuple[int, ...], sampler: str, scheduler: str, clips: int,
@@ -92,8 +92,8 @@ def _drawn(one: Contender, prompts: PromptBank, shape: tuple[int, ...], sampler:
 
     def sample(index: int, steps: int) -> Tensor:
         noise = comfy.sample.prepare_noise(empty, noise_number + index)
-        return comfy.sample.sample(one.model, noise, steps, one.cfg, sampler, scheduler, conditioning(prompts.contexts[index]), negative, empty,
-                                   seed=noise_number + index, disable_pbar=True)
+        return comfy.sample.sample(one.model, noise, steps, one.cfg, sampler, scheduler, conditioning(prompts.contexts[index]), negative,
+                                   empty, seed=noise_number + index, disable_pbar=True)
 
     sample(0, 1)
     for index in range(clips):

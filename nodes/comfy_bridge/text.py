@@ -46,14 +46,14 @@ class Wanted:
         if preview > len(self.prompts):
             raise WanLiteError(f"preview is {preview} and there are {len(self.prompts)} prompts.", "", f"Set it between 1 and {len(self.prompts)}.")
 
-    def encode(self, clip: Any) -> Generator[str, None, PromptBank]:
-        """Yields each text as it is encoded. Raises WanLiteError when the encoder is not WAN's."""
+    def encode(self, clip: Any) -> Generator[int, None, PromptBank]:
+        """Yields how many texts are encoded, after each. Raises WanLiteError when the encoder is not WAN's."""
         contexts = dict(self.known)
-        for text in self.missing:
+        for done, text in enumerate(self.missing, start=1):
             with torch.inference_mode():        # as CLIPTextEncode runs
                 encoded = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0]          # [1, 512, 4096]
             contexts[text] = trim(encoded.float().cpu().clone())
-            yield text
+            yield done
         return PromptBank(prompts=self.prompts, contexts=tuple(contexts[text] for text in self.prompts), negative_text=self.negative,
                           negative=contexts[self.negative])
 

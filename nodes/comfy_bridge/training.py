@@ -40,8 +40,8 @@ class Training:
     vae: Any
 
     @classmethod
-    def of(cls, *, student: StudentHandle, model: Any, prompts: PromptBank, latent: dict, sigmas: Tensor | None, recipe: Recipe | None, vae: Any,
-           **settings: Any) -> Training:
+    def of(cls, *, student: StudentHandle, model: Any, prompts: PromptBank, latent: dict, sigmas: Tensor | None, recipe: Recipe | None,
+           vae: Any, **settings: Any) -> Training:
         """settings: of DistillJob. Raises WanLiteError when the parts do not belong together."""
         teacher = ComfyTeacher(model)
         ours, its = student.config, teacher.config

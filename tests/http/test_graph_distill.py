@@ -79,7 +79,8 @@ def test_the_saved_workflow_draws_what_distils_own_model_draws(server, files):
     sampler.update(positive=["prompts", 1], negative=["prompts", 2], seed=1)
     wanted = {by_kind[kind] for kind in ("UNETLoader", "ModelSamplingSD3", "KSampler", "EmptyHunyuanLatentVideo")}
     stock = {number: node for number, node in prompt.items() if number in wanted}
-    stock.update({"prompts": prompts, "latents": {"class_type": "SaveLatent", "inputs": {"samples": [by_kind["KSampler"], 0], "filename_prefix": "stock"}}})
+    kept = {"class_type": "SaveLatent", "inputs": {"samples": [by_kind["KSampler"], 0], "filename_prefix": "stock"}}
+    stock.update({"prompts": prompts, "latents": kept})
     server.run(stock)
     ours, theirs = (load_file(next((files / "output").glob(f"{name}_*.latent")))["latent_tensor"] for name in ("http-student", "stock"))
     assert ours.shape == theirs.shape
@@ -106,6 +107,19 @@ def test_cancel_and_queue_again_continues_at_the_step_where_it_stopped(server, f
     server.wait(second)
     again = rows(files, "cancelled")
     assert again == list(range(1, len(again) + 1)) and len(again) > len(done)
+
+
+def test_a_bank_spares_the_text_encoder_and_a_new_prompt_asks_for_it(server, files):
+    """The linked text encoder cannot be loaded at all: a graph that asks for it fails in its loader."""
+    (files / "models/text_encoders/broken.safetensors").write_text("no text encoder", encoding="utf-8")
+    prompt = {"clip": {"class_type": "CLIPLoader", "inputs": {"clip_name": "broken.safetensors", "type": "wan", "device": "default"}},
+              "prompts": graph("unused", 1)["prompts"],
+              "shown": {"class_type": "PreviewAny", "inputs": {"source": ["prompts", 1]}}}
+    prompt["prompts"]["inputs"].update(clip=["clip", 0], prompts="prompt 1", preview=1)
+    assert "1 prompts, 0 texts encoded now" in server.run(prompt)["prompts"]["text"][0]
+    prompt["prompts"]["inputs"]["prompts"] = "prompt 1\na new one"
+    with pytest.raises(ServerError, match="CLIPLoader"):
+        server.run(prompt)
 
 
 def test_what_widgets_decide_is_refused_before_the_queue(server, files):

@@ -121,11 +121,16 @@ def test_a_vace_model_is_refused_by_name(comfyui, comfy_teacher, refused, studen
 
 
 def test_what_is_no_wan_is_refused(comfyui, comfy_teacher, refused):
+    import comfy.model_base
     import comfy.model_patcher
+    import comfy.supported_models
     module = torch.nn.Linear(2, 2)
     cpu = torch.device("cpu")
     with refused("not a WAN"):
         comfy_teacher(comfy.model_patcher.ModelPatcher(module, cpu, cpu))
+    other = comfy.model_base.SDXL(comfy.supported_models.SDXL({"disable_unet_model_creation": True, "adm_in_channels": 1}))
+    with refused("not a WAN: ComfyUI opened it as SDXL"):
+        comfy_teacher(comfy.model_patcher.ModelPatcher(other, cpu, cpu))
 
 
 def test_another_flow_than_wans_is_refused(model, comfy_teacher, refused):

@@ -172,7 +172,7 @@ def test_a_size_that_is_said_twice_is_refused_before_the_queue(nodes):
     assert check(preset="custom", depth=4, ffn_dim=0, keep_map="") is True
 
 
-@pytest.mark.parametrize("what, words", [("truncated", "broken.safetensors"), ("text", "broken.safetensors"), ("gap", "blocks.5.*is missing|is missing"),
+@pytest.mark.parametrize("what, words", [("truncated", "broken.safetensors"), ("text", "broken.safetensors"), ("gap", "is missing"),
                                          ("no wan", "not a WAN")])
 def test_a_file_that_is_no_whole_wan_gets_a_sentence(what, words, comfyui, student, pack, refused):
     """ComfyUI itself would fill what is missing with whatever memory holds."""
