@@ -15,18 +15,18 @@ BANK_FILE = "http-bank.safetensors"
 @pytest.fixture(scope="module")
 def files(server):
     """A teacher in models/diffusion_models, and a prompt bank in input: no text encoder is needed."""
-    save_file(dict(random_wan(seed=3).state_dict()), server.base / "models/diffusion_models" / MODEL_FILE)
+    save_file(dict(random_wan(seed=3, ffn_dim=128).state_dict()), server.base / "models/diffusion_models" / MODEL_FILE)
     random_bank(2).save(server.base / "input" / BANK_FILE)
     return server.base
 
 
 def graph(run_name, steps, **distil):
-    """The graph that the README describes, in API form, at 32x32 pixels and 5 frames."""
+    """The graph that the README describes, in API form, at 64x64 pixels and 5 frames."""
     node = lambda kind, **inputs: {"class_type": kind, "inputs": inputs}        # noqa: E731
     return {
         "unet": node("UNETLoader", unet_name=MODEL_FILE, weight_dtype="default"),
         "shift": node("ModelSamplingSD3", model=["unet", 0], shift=3.0),
-        "latent": node("EmptyHunyuanLatentVideo", width=32, height=32, length=5, batch_size=1),
+        "latent": node("EmptyHunyuanLatentVideo", width=64, height=64, length=5, batch_size=1),
         "prompts": node("WanLiteEncodePrompts", prompts="", prompt_file="none", negative="", bank=f"input/{BANK_FILE}", save_as="", preview=2),
         "create": node("WanLiteCreateStudent", model=["shift", 0], prompts=["prompts", 0], latent=["latent", 0], preset="1/2 of the blocks", depth=0,
                        ffn_dim=0, keep_map="", method="greedy", cfg=3.0, probe_seed=0),

@@ -6,7 +6,7 @@ from helpers_tiny import random_wan
 @pytest.fixture(scope="session")
 def student():
     """A tiny WAN of random weights, as the engine's module. Never written to."""
-    return random_wan(seed=3)
+    return random_wan(seed=3, ffn_dim=128)
 
 
 @pytest.fixture

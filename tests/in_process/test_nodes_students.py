@@ -23,7 +23,7 @@ def create(nodes):
     """The student and its report, of half the blocks evenly spread unless told otherwise."""
     def created(model, **given):
         given = {"preset": "1/2 of the blocks", "method": "interleaved", **given}
-        return call(nodes.WanLiteCreateStudent, **{"model": model, "prompts": random_bank(2), "latent": empty_latent(), "depth": 0, "ffn_dim": 0,
+        return call(nodes.WanLiteCreateStudent, **{"model": model, "prompts": random_bank(2), "latent": empty_latent(96, 96), "depth": 0, "ffn_dim": 0,
                                                    "probe_seed": 0, "keep_map": "", **given})
     return created
 
@@ -42,8 +42,8 @@ def test_a_preset_decides_the_size_and_the_start_is_found_again(comfyui, teacher
 
 
 def test_custom_sizes_and_keep_maps(teacher, create):
-    handle, _ = create(teacher, preset="custom", keep_map="0,2-3,5", ffn_dim=128)
-    assert handle.plan.keep == (0, 2, 3, 5) and handle.config.ffn_dim == 128
+    handle, _ = create(teacher, preset="custom", keep_map="0,2-3,5", ffn_dim=64)
+    assert handle.plan.keep == (0, 2, 3, 5) and handle.config.ffn_dim == 64
     assert create(teacher, preset="custom", depth=4)[0].config.num_layers == 4
 
 
