@@ -1,7 +1,7 @@
-"""The domain: one coloured ball moves over a plain background on which a few uncaptioned grey tiles lie.
+"""The domain: one coloured ball crosses a plain background on which uncaptioned grey tiles lie.
 
-A prompt names size, colour, motion and background; where the ball starts and where the tiles lie is chance. Nothing
-here needs torch, so that every other room of the demo can import it.
+A prompt names size, colour, motion and background; how far from the middle the ball passes and where the tiles lie is
+chance. Nothing here needs torch, so that every other room of the demo can import it.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}     
 BACKGROUNDS = {"dark": 0.10, "grey": 0.50, "bright": 0.90}
 RADII = {"small": 8.0, "large": 14.0}
 _TILE_GREYS = {"dark": 0.30, "grey": 0.70, "bright": 0.70}
-_TRAVEL = 24.0                          # pixels between the first and the last frame
+_TRAVEL = 32.0                          # pixels between the first and the last frame
+_ASIDE = 6.0                            # pixels, at most, from the middle of the picture to the middle of the way
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +85,7 @@ def render(prompt: str, seed: int) -> np.ndarray:
 
 def _background(name: str, rng: np.random.Generator) -> np.ndarray:
     canvas = np.full((SIZE, SIZE, 3), BACKGROUNDS[name])
-    for _ in range(rng.integers(1, 4)):
+    for _ in range(rng.integers(1, 3)):
         left, top = rng.integers(0, SIZE - 10, 2)
         canvas[top:top + 10, left:left + 10] = _TILE_GREYS[name]
     return canvas
@@ -94,8 +95,8 @@ def _path(motion: str, radius: float, rng: np.random.Generator) -> np.ndarray:
     """The ball's centre in every frame, [T, 2] as (x, y): a straight way that never leaves the picture."""
     direction = np.array(MOTIONS[motion])
     half_way = np.abs(direction) * _TRAVEL / 2
-    margin = radius + 1 + half_way
-    middle = rng.uniform(margin, SIZE - margin)
+    room = np.minimum(SIZE / 2 - radius - 1 - half_way, _ASIDE)
+    middle = SIZE / 2 + rng.uniform(-room, room)
     return middle + np.linspace(-1, 1, FRAMES)[:, None] * half_way * np.sign(direction)
 
 

@@ -6,7 +6,7 @@ from .domain import BACKGROUNDS, COLOURS, MOTIONS, RADII, parse
 
 _SATURATED = 0.30           # spread of a pixel's three channels from which it belongs to the ball
 _LEAST_AREA = 60            # pixels of ball in the first and in the last frame: a third of the small ball
-_LEAST_TRAVEL = 8.0         # pixels, a third of the way that a rendered ball goes
+_LEAST_TRAVEL = 12.0        # pixels, three eighths of the way that a rendered ball goes
 _PURITY = 0.7               # share of the ball's pixels that must have its colour
 
 

@@ -7,6 +7,7 @@ import argparse
 import math
 import random
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from wanlite_model.transformer import WanLiteStudent
 from . import domain, judge, words
 from .comfy_door import open_comfyui
 from .vae import Vae
+from .workers import Workers
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 TEACHER, VAE = WEIGHTS / "wan_tiny_teacher.safetensors", WEIGHTS / "wan_tiny_vae.safetensors"
@@ -74,11 +76,15 @@ def measure_judge(vae: Vae, count: int = 288) -> list[str]:
             f"round trip              {10 * math.log10(1 / (decoded - clips).square().mean().item()):.1f} dB PSNR"]
 
 
-def measure_teacher(model, vae: Vae, steps: int, cfg: float, count: int = PAIRS) -> str:
+def measure_teacher(model, vae: Vae, workers: Workers, steps: int, cfg: float, count: int = PAIRS) -> str:
     """Adherence on the fixed pairs, of all and of the held-out prompts."""
-    prompts, noise = zip(*pairs(count), strict=True)
-    clips = vae.decode(sample(model, prompts, torch.stack(noise), steps, cfg))
-    found = verdicts(clips.numpy(), prompts)
+    def judged(part: Sequence[tuple[str, torch.Tensor]]) -> list[dict[str, bool]]:
+        prompts, noise = zip(*part, strict=True)
+        return verdicts(vae.decode(sample(model, prompts, torch.stack(noise), steps, cfg)).numpy(), prompts)
+
+    fixed = pairs(count)
+    prompts = [prompt for prompt, _ in fixed]
+    found = list(chain(*workers.map(judged, [fixed[start:start + 16] for start in range(0, count, 16)])))
     held_out = [verdict for verdict, prompt in zip(found, prompts, strict=True) if prompt in domain.held_out_prompts()]
     return f"{steps:2} steps, cfg {cfg:g}: {summary(found)}; held out: {summary(held_out) if held_out else 'none'}"
 
@@ -124,8 +130,9 @@ def main() -> None:
     if "teacher" in wanted or "stock" in wanted:
         model = WanLiteStudent.from_pretrained(TEACHER, torch_dtype=torch.float32)
     if "teacher" in wanted:
-        print("teacher,", measure_teacher(model, vae, steps=30, cfg=domain.CFG), flush=True)
-        print("teacher,", measure_teacher(model, vae, steps=4, cfg=1.0), flush=True)
+        with Workers() as workers:
+            print("teacher,", measure_teacher(model, vae, workers, steps=30, cfg=domain.CFG), flush=True)
+            print("teacher,", measure_teacher(model, vae, workers, steps=4, cfg=1.0), flush=True)
     if "stock" in wanted:
         print(*measure_stock(model, vae, steps=30, cfg=domain.CFG), sep="\n")
 

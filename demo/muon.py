@@ -9,14 +9,18 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from .workers import COUNT, Workers
+
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)       # Newton-Schulz, quintic
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is the nearest orthogonal matrix, scaled to the size of an AdamW step (Liu et al. 2025)."""
 
-    def __init__(self, matrices: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
+    def __init__(self, matrices: list[torch.nn.Parameter], workers: Workers, lr: float, momentum: float = 0.95,
+                 weight_decay: float = 0.01) -> None:
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._workers = workers
 
     @torch.no_grad()
     def step(self) -> None:
@@ -26,8 +30,9 @@ class Muon(torch.optim.Optimizer):
                 by_shape[tuple(matrix.shape)].append(matrix)
             for (rows, columns), matrices in by_shape.items():
                 directions = [self._momentum(matrix, group["momentum"]) for matrix in matrices]
+                updates = self._workers.map(orthogonal, torch.stack(directions).chunk(COUNT))
                 size = 0.2 * max(rows, columns) ** 0.5
-                for matrix, update in zip(matrices, orthogonal(torch.stack(directions)), strict=True):
+                for matrix, update in zip(matrices, torch.cat(updates), strict=True):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"])
                     matrix.add_(update, alpha=-group["lr"] * size)
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from . import domain, train_teacher, train_vae
 from .measure import TEACHER, VAE, WEIGHTS, measure_teacher
 from .vae import Vae
+from .workers import Workers
 
 WORK = Path(__file__).resolve().parent.parent / "output" / "demo_training"
 
@@ -25,10 +26,11 @@ def main() -> None:
         train_vae.train(vae_file)
     vae = Vae(vae_file)
     recipe = train_teacher.Recipe()
-    if not latents_file.is_file():
-        train_teacher.encode_clips(recipe, vae.encode, latents_file)
-    teacher = train_teacher.train(recipe, latents_file, WORK,
-                                  lambda model: measure_teacher(model, vae, steps=16, cfg=domain.CFG, count=48))
+    with Workers() as workers:
+        if not latents_file.is_file():
+            train_teacher.encode_clips(recipe, vae.encode, latents_file, workers)
+        teacher = train_teacher.train(recipe, latents_file, WORK, workers,
+                                      lambda model: measure_teacher(model, vae, workers, steps=16, cfg=domain.CFG, count=48))
     save_file({name: tensor.to(torch.bfloat16).contiguous() for name, tensor in teacher.state_dict().items()},
               TEACHER, metadata={"format": "pt"})
     VAE.write_bytes(vae_file.read_bytes())

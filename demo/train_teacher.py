@@ -19,6 +19,7 @@ from wanlite_model.transformer import WanLiteStudent
 
 from . import domain, words
 from .muon import Muon
+from .workers import COUNT, Workers
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +28,9 @@ log = logging.getLogger(__name__)
 class Recipe:
     """What decides the teacher's weights."""
 
-    steps: int = 4000
-    batch: int = 64
-    clips_per_prompt: int = 32
+    steps: int = 2700
+    batch: int = 32
+    clips_per_prompt: int = 16
     muon_lr: float = 4e-3           # the matrices
     adam_lr: float = 2e-3           # everything else
     warm_up: int = 50
@@ -40,19 +41,21 @@ class Recipe:
     seed: int = 0
 
 
-def encode_clips(recipe: Recipe, encode: Callable[[torch.Tensor], torch.Tensor], path: Path) -> None:
+def encode_clips(recipe: Recipe, encode: Callable[[torch.Tensor], torch.Tensor], path: Path, workers: Workers) -> None:
     """Renders the training clips and writes their latents, float16 [N, C, T, H, W] in processed space; clip i shows training prompt i % 120."""
     prompts = domain.training_prompts()
-    latents = []
-    for start in range(0, len(prompts) * recipe.clips_per_prompt, 8):
-        clips = [domain.render(prompts[i % len(prompts)], recipe.seed + 1_000_000 + i) for i in range(start, start + 8)]
-        latents.append(encode(torch.stack([torch.from_numpy(clip) for clip in clips])).half())
-        if start % 400 == 0:
-            log.info("encoded %d clips", start + 8)
-    save_file({"latents": torch.cat(latents)}, path)
+
+    def encode_part(indices: range) -> torch.Tensor:
+        clips = [domain.render(prompts[i % len(prompts)], recipe.seed + 1_000_000 + i) for i in indices]
+        return encode(torch.stack([torch.from_numpy(clip) for clip in clips])).half()
+
+    count = len(prompts) * recipe.clips_per_prompt
+    parts = workers.map(encode_part, [range(start, start + 4) for start in range(0, count, 4)])
+    save_file({"latents": torch.cat(parts)}, path)
 
 
-def train(recipe: Recipe, latents_path: Path, work: Path, evaluate: Callable[[WanLiteStudent], object]) -> WanLiteStudent:
+def train(recipe: Recipe, latents_path: Path, work: Path, workers: Workers,
+          evaluate: Callable[[WanLiteStudent], object]) -> WanLiteStudent:
     """Trains, or goes on from `work`'s checkpoint, and returns the averaged model. Every 500 steps logs what `evaluate` says of it."""
     torch.manual_seed(recipe.seed)
     latents = load_file(latents_path)["latents"].float()                                # [N, C, T, H, W]
@@ -62,13 +65,13 @@ def train(recipe: Recipe, latents_path: Path, work: Path, evaluate: Callable[[Wa
     average.load_state_dict(model.state_dict())
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name != "head.head.weight"]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or name == "head.head.weight"]
-    optimizers = {"muon": Muon(matrices, lr=recipe.muon_lr),
+    optimizers = {"muon": Muon(matrices, workers, lr=recipe.muon_lr),
                   "adam": torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)}
     step = _resume(work / "teacher.pt", model, average, optimizers)
     started, running = time.monotonic(), 0.0
     while step < recipe.steps:
         _set_lr(optimizers, recipe, step)
-        loss = _train_step(model, optimizers, latents, captions, recipe, step)
+        loss = _train_step(model, optimizers, latents, captions, recipe, step, workers)
         _average(average, model, min(recipe.ema, (1 + step) / (10 + step)))
         step += 1
         running += loss
@@ -126,27 +129,34 @@ def fresh_teacher() -> WanLiteStudent:
     return model
 
 
-def _train_step(model, optimizers, latents, captions: Captions, recipe: Recipe, step: int) -> float:
+def _train_step(model, optimizers, latents, captions: Captions, recipe: Recipe, step: int, workers: Workers) -> float:
     rng = random.Random(f"{recipe.seed}/{step}")        # the batch, the captions and the noise follow from the step
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
     clips = [rng.randrange(len(latents)) for _ in range(recipe.batch)]
     x0 = latents[clips]                                                                 # [B, C, T, H, W]
     noise = torch.randn(x0.shape, generator=generator)
     sigma = flow.sample_sigma(recipe.batch, domain.SHIFT, recipe.full_range, generator)
-    predicted = model(flow.add_noise(x0, noise, sigma), flow.TIMESTEPS * sigma, captions.context(clips, rng))
-    loss = (predicted - flow.velocity(x0, noise)).square().mean()
-    for optimizer in optimizers.values():
-        optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    context = captions.context(clips, rng)                                              # [B, L, 4096]
+    parameters = list(model.parameters())
+
+    def part(x0, noise, sigma, context):
+        predicted = model(flow.add_noise(x0, noise, sigma), flow.TIMESTEPS * sigma, context)
+        loss = (predicted - flow.velocity(x0, noise)).square().sum() / noise_size
+        return loss.detach(), torch.autograd.grad(loss, parameters)
+
+    noise_size = noise.numel()
+    losses, gradients = zip(*workers.map(part, *(tensor.chunk(COUNT) for tensor in (x0, noise, sigma, context))), strict=True)
+    for parameter, *parts in zip(parameters, *gradients, strict=True):
+        parameter.grad = sum(parts)
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     for optimizer in optimizers.values():
         optimizer.step()
-    return loss.item()
+    return sum(losses).item()
 
 
 def _set_lr(optimizers, recipe: Recipe, step: int) -> None:
     left = 1 - step / recipe.steps
-    factor = min(1.0, (step + 1) / recipe.warm_up, left / 0.5)                          # flat, then straight down to zero
+    factor = min(1.0, (step + 1) / recipe.warm_up, left / 0.4)                          # flat, then straight down to zero
     for name, peak in (("muon", recipe.muon_lr), ("adam", recipe.adam_lr)):
         for group in optimizers[name].param_groups:
             group["lr"] = peak * factor
