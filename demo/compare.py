@@ -92,7 +92,7 @@ def measure(base: Path, student_name: str, cut_name: str) -> Result:
         clips = {name: sampled(opened[name], vae, workers, *settings[name]) for name in settings}
         errors = velocity_errors(opened, settings, workers)
     seconds = timed(files, settings)
-    prompts = [prompt for prompt, _ in pairs()]
+    prompts = [prompt for prompt, _ in pairs(PAIRS)]
     rows = tuple(Row(name=name, blocks=model.wan.num_layers, parameters=model.num_parameters(), steps=settings[name][0], cfg=settings[name][1],
                      evaluations=settings[name][0] * (1 if settings[name][1] == 1 else 2), velocity_error=errors[name], seconds=seconds[name],
                      right=sum(all(verdict.values()) for verdict in verdicts(clips[name], prompts)))
@@ -117,7 +117,7 @@ def sampled(model: WanLiteStudent, vae: Vae, workers: Workers, steps: int, cfg: 
         prompts, noise = zip(*some, strict=True)
         return vae.decode(sample(model, prompts, torch.stack(noise), steps, cfg))
 
-    fixed = pairs()
+    fixed = pairs(PAIRS)
     return torch.cat(workers.map(part, [fixed[start:start + 16] for start in range(0, PAIRS, 16)])).numpy()
 
 

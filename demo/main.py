@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from wanlite_model.files import read_json, write_json
+from wanlite_model.prompts import PromptBank
 
 from . import domain, words
 from .comfy_path import ROOT, put_comfyui_first
-from .comfy_server import ComfyServer, running_comfyui
+from .comfy_server import ComfyServer, device_arguments, running_comfyui
 from .graph import to_api
+from .measure import TEACHER, VAE
 from .workflows import BANK, STUDENT, TINY
 
 OUTPUT = ROOT / "output" / "demo"
 BASE = OUTPUT / "comfyui"                   # the server's own models/, input/, output/
 CUT, STAMP = "wan_tiny_plain_cut", "made_from.txt"
-BANK_PROMPTS = 48                           # of the 120 that the teacher was trained on
+BANK_PROMPTS = 40                           # of the 120 that the teacher was trained on
 
 
 def main() -> None:
@@ -33,8 +35,9 @@ def main() -> None:
     put_comfyui_first(comfyui)
     began = time.monotonic()
     say("Preparing a private ComfyUI folder: tiny WAN teacher, tiny WAN VAE, prompt bank.")
+    forget_another_demo(BASE)
     prepare(BASE)
-    with running_comfyui(comfyui, BASE, ("--cpu",)) as server:
+    with running_comfyui(comfyui, BASE, device_arguments()) as server:
         say(f"ComfyUI is up. Queueing {TINY.name}: teacher -> student -> saved as a WAN.")
         queue_shown(server, shipped_graph(server))
         say("Opening the saved student with the stock Load Diffusion Model and sampling it with the stock KSampler.")
@@ -51,14 +54,18 @@ def main() -> None:
     say(f"Done in {(time.monotonic() - began) / 60:.1f} minutes.")
 
 
+def forget_another_demo(base: Path) -> None:
+    """Removes what a demo with another graph or another teacher left: its run could not be gone on with."""
+    if base.exists() and not ((base / STAMP).is_file() and (base / STAMP).read_text(encoding="utf-8") == made_from()):
+        shutil.rmtree(base)
+
+
+def made_from() -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in (TINY, TEACHER, VAE))).hexdigest()
+
+
 def prepare(base: Path) -> None:
     """Puts the demo's files where the shipped graph looks for them. What an earlier demo made stays: queueing again is quick."""
-    from wanlite_model.prompts import PromptBank
-
-    from .measure import TEACHER, VAE
-    made_from = hashlib.sha256(b"".join(path.read_bytes() for path in (TINY, TEACHER, VAE))).hexdigest()
-    if base.exists() and not ((base / STAMP).is_file() and (base / STAMP).read_text(encoding="utf-8") == made_from):
-        shutil.rmtree(base)                 # of another graph or teacher: its run could not be gone on with
     for source, folder in ((TEACHER, "diffusion_models"), (VAE, "vae")):
         target = base / "models" / folder / source.name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +74,7 @@ def prepare(base: Path) -> None:
     (base / "input").mkdir(parents=True, exist_ok=True)
     PromptBank(prompts=tuple(prompts), contexts=tuple(words.embed(prompt) for prompt in prompts), negative_text=domain.NEGATIVE,
                negative=words.context([domain.NEGATIVE])[0, :1]).save(base / "input" / BANK)
-    (base / STAMP).write_text(made_from, encoding="utf-8")
+    (base / STAMP).write_text(made_from(), encoding="utf-8")
 
 
 def shipped_graph(server: ComfyServer) -> dict:
@@ -77,7 +84,7 @@ def shipped_graph(server: ComfyServer) -> dict:
 
 def stock_graph(server: ComfyServer) -> dict:
     """The workflow that was saved beside the student, its text encoder replaced by the prompt bank and its VAE by the tiny one."""
-    saved = BASE / "models" / "diffusion_models" / STUDENT / f"{STUDENT}.workflow.json"
+    saved = server.base / "models" / "diffusion_models" / STUDENT / f"{STUDENT}.workflow.json"
     prompt = to_api(read_json(saved), server.object_info())
     replaced = {key for key, node in prompt.items() if node["class_type"] in ("CLIPLoader", "CLIPTextEncode")}
     bank = {"class_type": "WanLiteEncodePrompts", "_meta": {"title": "Prompt bank"},

@@ -50,7 +50,7 @@ A watercolour painting of a village comes to life, smoke rises from the chimneys
 
 def wiring(setting: dict[str, Any]) -> dict[str, tuple[str, int, dict[str, Any]]]:
     """{key: (node class, column, {input: value or Link})}; what is not named keeps the node's default."""
-    teacher_sampler = {"steps": setting["steps"], "cfg": setting["cfg"], "sampler_name": "euler", "scheduler": "simple", "seed": 0,
+    sampler = {"steps": setting["steps"], "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "seed": 0,
                        "positive": ("prompts", 1), "negative": ("prompts", 2), "latent_image": ("latent", 0)}
     return {
         "note": ("MarkdownNote", 0, {"": setting["note"]}),
@@ -67,7 +67,7 @@ def wiring(setting: dict[str, Any]) -> dict[str, tuple[str, int, dict[str, Any]]
         "save": ("WanLiteSaveStudent", 2, {"student": ("distill", 0), "name": setting["name"], "overwrite": True}),
         "loss": ("LossGraphNode", 2, {"loss": ("distill", 2), "filename_prefix": "wanlite/loss"}),
         "chart": ("SaveImage", 3, {"images": ("distill", 4), "filename_prefix": "wanlite/chart"}),
-        "sample_student": ("KSampler", 3, {**teacher_sampler, "model": ("distill", 1), "cfg": 1.0}),
+        "sample_student": ("KSampler", 3, {**sampler, "model": ("distill", 1)}),
         "decode_student": ("VAEDecode", 3, {"samples": ("sample_student", 0), "vae": ("vae", 0)}),
         "clip_student": ("SaveAnimatedWEBP", 3, {"images": ("decode_student", 0), "filename_prefix": "wanlite/student", "fps": setting["fps"]}),
         "compare": ("WanLiteCompare", 4, {"teacher": ("teacher", 0), "student": ("distill", 1), "prompts": ("prompts", 0),
@@ -99,14 +99,14 @@ _REAL_TEXT = {
 SETTINGS: dict[Path, dict[str, Any]] = {
     TINY: {
         "note": _TINY_NOTE, "teacher": "wan_tiny_teacher.safetensors", "vae": "wan_tiny_vae.safetensors", "name": STUDENT,
-        "shift": domain.SHIFT, "cfg": domain.CFG, "steps": 30, "size": (domain.SIZE, domain.SIZE, domain.FRAMES), "fps": 8.0,
+        "shift": domain.SHIFT, "cfg": domain.CFG, "steps": 20, "size": (domain.SIZE, domain.SIZE, domain.FRAMES), "fps": 8.0,
         "text": {"prompts": ("WanLiteEncodePrompts", 1, {"bank": f"input/{BANK}"})},
-        "recipe": {"learning_rate": 1e-3, "batch_size": 16, "teacher_steps": 30, "evaluations": 6},
-        "job": {"steps": 400}, "compare": {"teacher_cfg": domain.CFG, "student_steps": 30, "clips": 4},
+        "recipe": {"learning_rate": 1e-3, "batch_size": 16, "evaluations": 6},
+        "job": {"steps": 400}, "compare": {"teacher_cfg": domain.CFG, "clips": 4},
     },
     REAL: {
         "note": _REAL_NOTE, "teacher": "wan2.1_t2v_1.3B_fp16.safetensors", "vae": "wan_2.1_vae.safetensors", "name": "wan2.1_1.3B_slim",
-        "shift": 5.0, "cfg": 5.0, "steps": 30, "size": (832, 480, 17), "fps": 16.0, "text": _REAL_TEXT,
+        "shift": 5.0, "cfg": 5.0, "steps": 20, "size": (832, 480, 17), "fps": 16.0, "text": _REAL_TEXT,
         "recipe": {"learning_rate": 5e-5, "batch_size": 1}, "job": {"minutes": 90.0}, "compare": {"clips": 1},
     },
 }

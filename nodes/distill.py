@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 from .comfy_bridge import folders
 from .sockets import Prompts, Recipe, Student
 
-GUIDANCE = {"folded in": True, "kept": False}
+FOLDS_GUIDANCE = {"no-cfg": True, "keep-cfg": False}
 
 
 class WanLiteDistill(io.ComfyNode):
@@ -30,10 +30,10 @@ class WanLiteDistill(io.ComfyNode):
                 io.Sigmas.Input("sigmas", optional=True, tooltip="The noise levels of the teacher's recorded runs, from 1 down to 0. Without "
                                                                  "it: the 'simple' scheduler at the teacher's shift."),
                 Recipe.Input("recipe", optional=True, tooltip="Expert settings from WanLite Recipe."),
-                io.Combo.Input("guidance", options=list(GUIDANCE), default="folded in",
-                               tooltip="'folded in': the student answers as the guided teacher does and runs at cfg 1, in half the time; its "
-                                       "negative prompt has no effect. 'kept': the student runs with cfg and a negative prompt like its "
-                                       "teacher."),
+                io.Combo.Input("preset", options=list(FOLDS_GUIDANCE), default="no-cfg",
+                               tooltip="'no-cfg': guidance is folded in; the student answers as the guided teacher does and runs at cfg 1, in half "
+                                       "the time, and its negative prompt has no effect. 'keep-cfg': it runs with cfg and a negative prompt like "
+                                       "its teacher."),
                 io.Float.Input("cfg", default=5.0, min=1.0, max=100.0, step=0.1,
                                tooltip="The teacher's guidance scale. 1 asks it without guidance."),
                 io.Float.Input("minutes", default=30.0, min=0.1, max=1e6, step=1.0,
@@ -63,13 +63,13 @@ class WanLiteDistill(io.ComfyNode):
             return str(error)
 
     @classmethod
-    def execute(cls, student: Any, model: Any, prompts: Any, latent: dict, guidance: str, cfg: float, minutes: float, steps: int,
+    def execute(cls, student: Any, model: Any, prompts: Any, latent: dict, preset: str, cfg: float, minutes: float, steps: int,
                 run_name: str, train_seed: int, vae: Any = None, sigmas: Any = None, recipe: Any = None) -> io.NodeOutput:
         from .chart import loss_map, picture
         from .comfy_bridge.load import open_model
         from .comfy_bridge.training import Training
         training = Training.of(student=student, model=model, prompts=prompts, latent=latent, sigmas=sigmas, recipe=recipe, vae=vae, cfg=cfg,
-                               minutes=minutes, steps=steps, train_seed=train_seed, fold_guidance=GUIDANCE[guidance])
+                               minutes=minutes, steps=steps, train_seed=train_seed, fold_guidance=FOLDS_GUIDANCE[preset])
         finished = training.run(folders.output_folder("runs") / run_name, folders.output_folder("cache"), cls.hidden.unique_id)
         report = "\n".join((finished.report, *training.teacher.notes))
         trained = open_model(finished.handle.file, finished.handle.card.shift)

@@ -101,7 +101,7 @@ def test_a_finished_run_comes_back_from_disk_and_another_job_does_not_take_its_n
 
 
 def test_folding_guidance_in_changes_what_the_student_learns(comfyui, distil):
-    folded, kept = distil("folded", steps=3), distil("kept", steps=3, guidance="kept")
+    folded, kept = distil("folded", steps=3), distil("kept", steps=3, preset="keep-cfg")
     assert (folded[0].card.cfg, kept[0].card.cfg) == (1.0, 3.0)
     one, other = trained(comfyui, "folded"), trained(comfyui, "kept")
     assert one.keys() == other.keys() and not all(torch.equal(tensor, other[name]) for name, tensor in one.items())
