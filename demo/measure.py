@@ -89,6 +89,7 @@ def measure_teacher(model, vae: Vae, workers: Workers, steps: int, cfg: float, c
     return f"{steps:2} steps, cfg {cfg:g}: {summary(found)}; held out: {summary(held_out) if held_out else 'none'}"
 
 
+@torch.inference_mode()
 def measure_stock(model, vae: Vae, steps: int, cfg: float, count: int = 32) -> list[str]:
     """The first pairs through ComfyUI's own model loader, sampler and VAE, and through ours."""
     prompts, noise = zip(*pairs(count), strict=True)
