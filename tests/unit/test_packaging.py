@@ -9,6 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import run as set_up
 from demo.comfy_path import ROOT
 
 try:
@@ -58,8 +59,18 @@ def test_beside_transformers_4_nothing_changes(beside_transformers_4):
 
 def test_diffusers_would_change_transformers_4s_pins_and_is_therefore_only_an_extra(beside_transformers_4):
     """Also what shows that the two tests above can fail."""
-    assert "huggingface-hub" in changed(beside_transformers_4, "diffusers==0.42.1")
+    assert "huggingface-hub" in changed(beside_transformers_4, *(pin for pin in set_up.TEST if pin.startswith("diffusers")))
     assert [Requirement(line).name for line in EXTRAS["diffusers"]] == ["diffusers"]
+
+
+@pytest.mark.parametrize("version", ["3.10", "3.13"])
+def test_every_small_package_that_run_py_installs_exists_for_python(version, tmp_path):
+    pins = [Requirement(pin) for pin in (*set_up.CLIENT, *set_up.TEST, *set_up.TEST_WITHOUT_DEPENDENCIES, set_up.COMFYUI_PACKAGE)]
+    # pip would evaluate the markers for the Python that runs it.
+    wanted = [f"{pin.name}{pin.specifier}" for pin in pins if not pin.marker or pin.marker.evaluate({"python_version": version})]
+    assert len({Requirement(line).name for line in wanted}) == len(wanted) == len({pin.name for pin in pins})
+    pip(Path(sys.executable), "install", "--dry-run", "--quiet", "--ignore-installed", "--no-deps", "--only-binary=:all:",
+        "--python-version", version, "--target", str(tmp_path / "nowhere"), *wanted)
 
 
 def test_every_dependency_is_one_that_comfyui_already_has(comfyui_folder):
