@@ -71,10 +71,11 @@ def bare_step(job: DistillJob, student: WanLiteStudent, bank: PromptBank, cache_
         optimizer, average = make_optimizer(student, job.recipe), WeightAverage(student, job.recipe.ema_decay)
         batch = TeacherCache(cache_root, job, plan_units(job, bank, None)).batch(0)
         context, target = bank.cond(batch.prompts).context, batch.guided(job.cfg)
+        scale = target.square().mean()
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
-            objectives.velocity_loss(student_velocity(student, batch.x, batch.sigma, context), target).mean().backward()
+            objectives.velocity_loss(student_velocity(student, batch.x, batch.sigma, context), target, scale).mean().backward()
             clip_grad_norm_(student.parameters(), job.recipe.max_grad_norm)
             optimizer.step()
             average.update(student, 0)

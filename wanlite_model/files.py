@@ -8,16 +8,36 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from .errors import WanLiteError
+
+TEMPORARY = ".tmp"
+
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write(temporary)` and puts the result at `path` at once; on any failure the old file stays as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    """Calls `write(temporary)` and puts the result at `path` at once, on the disk and not only in its cache.
+
+    Raises WanLiteError when it cannot be written, a full disk for instance; then the old file is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        with temporary.open("rb+") as file:             # a power cut after the replacement must not find an empty file
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise WanLiteError(f"{path.name} could not be written ({error}).", "What was there before is intact.",
+                           "Free disk space, or close what uses the file, and try again.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a killed process left half-written. Only for a folder that nobody else writes to."""
+    for left in folder.glob(f".*{TEMPORARY}"):
+        left.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,7 +39,7 @@ def check_keywords(*, model_type: str, hidden_size: int, depth: int, num_heads: 
                      img_emb=image_dim is not None)
 
 
-def translate(given: Mapping[str, Any], accepted: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+def translate(given: Mapping[str, Any], accepted: tuple[str, ...], default_width: int) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """A predecessor's config dict -> (arguments that a genuine WAN honours, the values replaced, one sentence per replacement)."""
     fields, legacy, notes = {}, {}, []
 
@@ -61,7 +62,7 @@ def translate(given: Mapping[str, Any], accepted: tuple[str, ...]) -> tuple[dict
     if isinstance(width, int) and width > 0 and width % HEAD_DIM:
         near = max(HEAD_DIM, (width + HEAD_DIM // 2) // HEAD_DIM * HEAD_DIM)
         replace("hidden_size", near, f"is read as {near}: ComfyUI opens multiples of {HEAD_DIM} only.")
-    width = fields.get("hidden_size")
+    width = fields.get("hidden_size", default_width)
     if fields.get("num_heads") is not None and isinstance(width, int) and fields["num_heads"] != width // HEAD_DIM:
         replace("num_heads", width // HEAD_DIM, f"is read as {width // HEAD_DIM}: every reader splits hidden_size into heads of {HEAD_DIM}.")
     if fields.get("num_channels", 16) not in VAE_CHANNELS:
@@ -81,12 +82,15 @@ def accepts_legacy(init: Callable[..., None]) -> Callable[..., None]:
     def wrapped(self: Any, model_type: str | Mapping[str, Any] = "t2v", *args: Any, **kwargs: Any) -> None:
         from_dict = isinstance(model_type, Mapping)
         if from_dict:
+            if len(args) > len(LEGACY_ARGUMENTS):
+                raise WanLiteError(f"WanLiteStudent was given a config dict and {len(args)} more arguments.",
+                                   f"After the dict come {', '.join(LEGACY_ARGUMENTS)}.")
             kwargs = {**dict(zip(LEGACY_ARGUMENTS, args)), **kwargs}
         extra = {name: kwargs.pop(name) for name in LEGACY_ARGUMENTS if name in kwargs}
         legacy: dict[str, Any] = {}
         if from_dict:
             accepted = tuple(name for name in init.__wrapped__.__annotations__ if name not in ("self", "return"))
-            fields, legacy, notes = translate({**model_type, **kwargs}, accepted)
+            fields, legacy, notes = translate({**model_type, **kwargs}, accepted, inspect.signature(init).parameters["hidden_size"].default)
             for note in notes:
                 log.warning("WanLiteStudent: %s", note)
             init(self, **fields)

@@ -194,20 +194,28 @@ class WanLiteStudent(ModelMixin, ConfigMixin):
     def disable_gradient_checkpointing(self) -> None:
         self.gradient_checkpointing = False
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> Any:
-        """Writes the folder that four readers open, in the module's dtype; see formats.write.write_student for the options."""
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **options: Any) -> Any:
+        """Writes the folder that four readers open, in the module's dtype; see formats.write.write_student for the options.
+
+        Raises WanLiteError when it cannot, and then nothing on disk has changed.
+        """
         from .formats.write import write_student
+        if not safe_serialization:
+            raise WanLiteError("safe_serialization=False asks for a pickle.", "WanLite writes safetensors only.", "Leave it out.")
         return write_student(Path(save_directory), config=self.wan, tensors=self.state_dict().items(), legacy=self.legacy,
                              image_size=self.config["image_size"], **options)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, torch_dtype: torch.dtype | None = None,
                         device: torch.device | str = "cpu") -> WanLiteStudent:
-        """Opens a saved student, or any WAN 2.1/2.2 file or folder. torch_dtype: None keeps the file's. Raises WanLiteError."""
+        """Opens a saved student, or any WAN 2.1/2.2 file or folder. Raises WanLiteError.
+
+        torch_dtype: None takes the dtype of most of the file for all of it, since a forward computes in one.
+        """
         from .formats.read import open_wan
         with open_wan(Path(path)) as source:
             student = cls.from_wan(source.config, device="meta")
-            state = {name: tensor.to(device=device, dtype=torch_dtype or tensor.dtype) for name, tensor in source.tensors()}
+            state = {name: tensor.to(device=device, dtype=torch_dtype or source.dtype) for name, tensor in source.tensors()}
         student.legacy = source.provenance.get("legacy", {})
         student.register_to_config(image_size=source.provenance.get("image_size"))
         student.load_state_dict(state, assign=True)
@@ -235,9 +243,10 @@ class WanLiteStudent(ModelMixin, ConfigMixin):
         """[B] or [B, T] -> e [B, F, D] for the head and [B, F, 6, D] for the blocks, both fp32."""
         t = timestep.reshape(len(timestep), -1)                                      # [B, F]
         half = FREQ_DIM // 2
-        frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
-        angles = t.double().unsqueeze(-1) * frequencies
-        e = in_fp32(self.time_embedding, torch.cat((angles.cos(), angles.sin()), dim=-1))
+        where = float64_device(t.device)
+        frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=where) / half)
+        angles = t.to(where).double().unsqueeze(-1) * frequencies
+        e = in_fp32(self.time_embedding, torch.cat((angles.cos(), angles.sin()), dim=-1).float().to(t.device))
         return e, in_fp32(self.time_projection, e).unflatten(-1, (6, self.wan.dim))
 
     def _text(self, context: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -281,18 +290,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Where angles are computed: Apple's GPUs have no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def rope_table(grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin [N, 64]: 22 pairs turn with the frame, 21 with the row, 21 with the column (RoPE, Su et al. 2021)."""
-    third = 2 * (HEAD_DIM // 6)
+    third, where = 2 * (HEAD_DIM // 6), float64_device(device)
     angles = []
     for axis, (size, width) in enumerate(zip(grid, (HEAD_DIM - 2 * third, third, third))):
-        frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
-        turns = torch.outer(torch.arange(size, dtype=torch.float64, device=device), frequencies)
+        frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64, device=where) / width)
+        turns = torch.outer(torch.arange(size, dtype=torch.float64, device=where), frequencies)
         shape = [1, 1, 1, -1]
         shape[axis] = size
         angles.append(turns.reshape(shape).expand(*grid, -1))
     table = torch.cat(angles, dim=-1).flatten(0, 2)
-    return table.cos().float(), table.sin().float()
+    return table.cos().float().to(device), table.sin().float().to(device)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

@@ -40,7 +40,18 @@ def test_a_job_survives_json_and_names_what_differs():
     assert differences(job, other) == ["cfg=3.0, not 7.0", "recipe.learning_rate=0.0001, not 0.001"]
 
 
-@pytest.mark.parametrize("change", [{"cfg": 0.5}, {"steps": -1}, {"minutes": 0}, {"shift": 0}, {"sigmas": (0.5, 1.0, 0.0)}, {"sigmas": (1.0, 0.5)},
+def test_a_value_that_decides_nothing_keeps_no_run_from_going_on():
+    job = make_job(random_teacher(depth=1), random_bank(), steps=5)
+    assert differences(job, dataclasses.replace(job, minutes=1.0)) == []
+    timed = dataclasses.replace(job, steps=0)
+    assert differences(timed, dataclasses.replace(timed, minutes=1.0)) == ["minutes=30.0, not 1.0"]
+    on_path = dataclasses.replace(job, sigmas=(1.0, 0.5, 0.0))
+    other_steps = dataclasses.replace(job.recipe, teacher_steps=9)
+    assert differences(on_path, dataclasses.replace(on_path, recipe=other_steps)) == []
+    assert differences(job, dataclasses.replace(job, recipe=other_steps)) == ["recipe.teacher_steps=4, not 9"]
+
+
+@pytest.mark.parametrize("change", [{"cfg": 0.5}, {"steps": -1}, {"minutes": 0}, {"shift": 0}, {"sigmas": (0.5, 1.0, 0.0)}, {"sigmas": (1.0, 0.5)}, {"sigmas": (0.5, 0.25, 0.0)},
                                     {"recipe": {"learning_rate": 1.0}}, {"recipe": {"objective": "magic"}}, {"recipe": {"renoised": 2}},
                                     {"cfg": float("nan")}], ids=str)
 def test_values_out_of_range_are_refused_in_words(change):
@@ -50,9 +61,10 @@ def test_values_out_of_range_are_refused_in_words(change):
 
 def test_progress_is_told_forward_by_forward_and_reaches_the_end(filled):
     *_, progress = filled
-    assert [done for done, _ in progress] == sorted({done for done, _ in progress} | {progress[-1][0]}) or progress[-1][0] == progress[-2][0]
-    assert progress[-1] == (progress[-1][1], progress[-1][1])
-    assert len(progress) >= sum(state_counts(filled[2]))
+    total = progress[-1][1]
+    assert progress == [(done, total) for done in range(1, total + 1)] and total >= sum(state_counts(filled[2]))
+    teacher, bank, _, cache, _ = filled
+    assert list(cache.fill(teacher, bank, None)) == [(total, total)]            # one group, which is there already
 
 
 def test_cached_answers_are_the_teachers_own_at_those_states(filled):
@@ -103,9 +115,27 @@ def test_a_corrupt_or_foreign_unit_is_asked_for_again(filled):
         assert cache.path(cache.units[0]).read_bytes() == whole
 
 
+def test_a_longer_job_leaves_the_units_alone_that_are_there(filled):
+    teacher, bank, job, cache, _ = filled
+    path, stamp = cache.path(cache.units[3]), cache.path(cache.units[3]).stat().st_mtime_ns
+    cache.path(cache.units[2]).unlink()
+    list(cache.fill(teacher, bank, None))
+    assert path.stat().st_mtime_ns == stamp and cache.intact(cache.units[2])
+
+
+def test_minutes_buy_missing_units_only(filled):
+    cache = filled[3]
+    assert cache.affordable(0) == len(cache.units)
+    kept = cache.path(cache.units[5]).read_bytes()
+    cache.path(cache.units[5]).unlink()
+    assert cache.affordable(0) == 5 and cache.affordable(1) == len(cache.units)
+    cache.path(cache.units[5]).write_bytes(kept)
+
+
 def test_what_decides_an_answer_is_in_its_units_name(filled):
     teacher, bank, job, cache, _ = filled
-    changes = ({"cfg": 2.0}, {"shift": 1.0}, {"train_seed": 1}, {"teacher": "other"}, {"sigmas": (1.0, 0.5, 0.0)}, {"shape": (16, 1, 4, 4)})
+    changes = ({"cfg": 2.0}, {"shift": 1.0}, {"train_seed": 1}, {"teacher": "other"}, {"sigmas": (1.0, 0.5, 0.0)}, {"shape": (16, 1, 4, 4)},
+               {"recipe": dataclasses.replace(job.recipe, renoised=0.0)}, {"recipe": dataclasses.replace(job.recipe, full_range=0.0)})
     keys = {plan_units(dataclasses.replace(job, **change), bank, None)[0].key for change in changes} | {cache.units[0].key}
     assert len(keys) == len(changes) + 1
     assert plan_units(dataclasses.replace(job, steps=9, minutes=1.0), bank, None)[0].key == cache.units[0].key
@@ -144,6 +174,15 @@ def test_the_teacher_itself_has_no_error_but_for_the_guidance_it_lacks(filled):
     assert folded.closure == pytest.approx(0, abs=0.01) and folded.error > 10 * kept.error
     other = returned(evaluate(random_wan(seed=9, depth=2), held, bank, job))
     assert other.error > folded.error and len(other.buckets) == 4
+
+
+def test_how_a_batch_is_split_changes_nothing_but_rounding():
+    v, target = torch.randn(2, 6, 4, 1, 2, 2)
+    scale = target.square().mean()
+    whole = objectives.velocity_loss(v, target, scale).mean()
+    parts = sum(objectives.velocity_loss(v[i:i + 2], target[i:i + 2], scale).mean() / 3 for i in (0, 2, 4))
+    torch.testing.assert_close(parts, whole)
+    assert objectives.velocity_loss(2 * target, target, scale).mean() == pytest.approx(1.0)
 
 
 def test_features_are_matched_across_the_gap_that_was_cut():

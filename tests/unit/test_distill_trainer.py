@@ -1,5 +1,6 @@
 """A run: resumable bit for bit, better than its start on held-out states, and never silently another job's."""
 import dataclasses
+import os
 from contextlib import closing
 
 import pytest
@@ -131,6 +132,15 @@ def test_a_run_folder_of_another_job_is_refused_by_name_and_left_alone(setting):
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_after_a_resume_the_checkpoint_can_be_replaced_where_mapped_files_cannot(setting):
+    until(setting.events(name="mapped"), lambda event: isinstance(event, Step) and event.step == 2)
+    until(setting.events(name="mapped"), lambda event: isinstance(event, Step) and event.step == 3)
+    with closing(setting.events(name="mapped")) as events:
+        next(event for event in events if isinstance(event, Step))
+        held = open("/proc/self/maps", encoding="utf-8").read() if os.path.exists("/proc/self/maps") else ""
+        assert "mapped/checkpoint.safetensors" not in held
+
+
 def test_a_changed_save_interval_does_not_start_a_new_run(setting):
     until(setting.events(name="interval"), lambda event: isinstance(event, Step) and event.step == 3)
     steps = [event.step for event in setting.events(setting.job(recipe={"save_every": 0.1}), "interval") if isinstance(event, Step)]
@@ -163,13 +173,46 @@ def test_finish_now_ends_early_with_the_best_so_far(setting):
     assert isinstance(events[-2], Stage) and isinstance(events[-1], Finished) and "500 planned" in events[-1].report
 
 
+def test_after_a_crash_the_report_is_of_the_weights_that_are_handed_out(setting):
+    """The best weights are written at once, the checkpoint every few minutes: a crash leaves a best that is newer."""
+    job, older = setting.job(steps=8, recipe={"evaluations": 2}), None
+    until(setting.events(job, "crash"), lambda event: isinstance(event, Step) and event.step == 2)
+    older = (setting.folder / "crash" / "checkpoint.safetensors").read_bytes()
+    until(setting.events(job, "crash"), lambda event: isinstance(event, Step) and event.step == 5)
+    (setting.folder / "crash" / "checkpoint.safetensors").write_bytes(older)
+    end = list(setting.events(job, "crash", should_finish=lambda: True))[-1]
+    assert end.handle.card.measured["best_step"] in (0, 4)
+    student = WanLiteStudent.from_pretrained(end.handle.folder, torch_dtype=torch.float32)
+    from wanlite_model.distill.data import TeacherCache, plan_units
+    from wanlite_model.distill.evaluate import evaluate
+    held = TeacherCache(setting.folder / "cache", job, plan_units(job, setting.bank, None)).held_out()
+    assert returned(evaluate(student, held, setting.bank, job)).error == pytest.approx(end.handle.card.measured["held_out_error"])
+
+
+def test_a_full_disk_while_saving_is_a_sentence_and_the_last_checkpoint_stays(setting, monkeypatch):
+    until(setting.events(name="full"), lambda event: isinstance(event, Step) and event.step == 2)
+    before = (setting.folder / "full" / "checkpoint.safetensors").read_bytes()
+
+    def full(tensors, path, metadata=None):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("wanlite_model.distill.checkpoint.save_file", full)
+    with pytest.raises(WanLiteError, match="No space left.*intact"):
+        until(setting.events(name="full"), lambda event: isinstance(event, Step) and event.step == 3)
+    monkeypatch.undo()
+    assert (setting.folder / "full" / "checkpoint.safetensors").read_bytes() == before
+    assert not list((setting.folder / "full").glob(".*.tmp"))
+    assert [event.step for event in setting.events(name="full") if isinstance(event, Step)] == [3, 4, 5, 6]
+
+
 def test_the_best_is_kept_not_the_last(setting):
     wild = setting.job(steps=12, recipe={"learning_rate": 0.1, "evaluations": 6})
     end = list(setting.events(wild, "wild"))[-1]
     errors = dict(end.evaluations)
     best = min(errors, key=errors.get)
     kept = end.handle.card.measured
-    assert kept["held_out_error"] <= errors[best] and kept["held_out_error"] < errors[12]
+    assert kept["held_out_error"] <= 1.05 * errors[best] and kept["held_out_error"] < errors[12]      # rounded to bf16 since
 
 
 def test_minutes_become_steps_once_and_a_resumed_run_obeys(setting):
@@ -242,7 +285,7 @@ def test_a_yield_holds_no_gradient_mode(setting):
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(setting, monkeypatch):
     from wanlite_model.distill import objectives
     exact = objectives.velocity_loss
-    monkeypatch.setattr(objectives, "velocity_loss", lambda v, target: exact(v, target) * (float("nan") if broken else 1))
+    monkeypatch.setattr(objectives, "velocity_loss", lambda v, target, scale: exact(v, target, scale) * (float("nan") if broken else 1))
     broken = []
     with pytest.raises(WanLiteError, match="not finite at step 4"):
         for event in setting.events(name="burst"):
@@ -254,8 +297,16 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(setting, monk
 
 
 @pytest.mark.parametrize(("change", "told"), [({"shape": (4, 2, 4, 4)}, "4 channels"), ({"shape": (16, 2, 5, 4)}, "multiples of 16"),
-                                              ({"teacher": "another"}, "another")])
+                                              ({"teacher": "another"}, "another")], ids=str)
 def test_a_job_that_cannot_start_says_so_and_writes_nothing(setting, change, told):
     with pytest.raises(WanLiteError, match=told):
         list(setting.events(setting.job(**change), "never"))
     assert not (setting.folder / "never").exists()
+
+
+def test_a_student_that_was_not_cut_from_this_teacher_is_refused_before_any_work(setting, tmp_path):
+    other = Setting(tmp_path, depth=4)
+    other.teacher = random_teacher(depth=3)
+    with pytest.raises(WanLiteError, match="cut from its teacher"):
+        list(other.events(other.job(), "never"))
+    assert not (tmp_path / "never").exists() and not (tmp_path / "cache").exists()

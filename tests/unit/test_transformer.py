@@ -145,6 +145,32 @@ def test_the_dict_form_translates_and_warns_field_by_field(caplog, tmp_path, mon
     assert list(tmp_path.iterdir()) == []       # building one reads and writes no file
 
 
+def test_a_dict_without_a_width_is_translated_too_and_surplus_arguments_are_refused(caplog):
+    with caplog.at_level(logging.WARNING), torch.device("meta"):
+        assert WanLiteStudent({"num_heads": 16, "depth": 1}).wan.num_heads == 12
+    with pytest.raises(WanLiteError, match="5 more arguments"):
+        WanLiteStudent({"depth": 1}, None, None, False, False, True)
+
+
+def test_a_pickle_is_never_written(tmp_path):
+    with pytest.raises(WanLiteError, match="safetensors only"):
+        random_wan(depth=1).save_pretrained(tmp_path / "student", safe_serialization=False)
+    random_wan(depth=1).save_pretrained(tmp_path / "student", safe_serialization=True)
+    assert (tmp_path / "student" / "diffusion_model.safetensors").exists()
+
+
+def test_a_file_of_mixed_dtypes_opens_in_one_and_computes(tmp_path):
+    student, (x, t, context) = random_wan(depth=2), inputs()
+    with torch.no_grad():
+        expected = student(x, t, context)
+    state = {name: value.to(torch.bfloat16) if ".weight" in name and value.ndim == 2 else value for name, value in student.state_dict().items()}
+    from safetensors.torch import save_file
+    save_file(state, tmp_path / "mixed.safetensors")
+    with torch.no_grad():
+        found = WanLiteStudent.from_pretrained(tmp_path / "mixed.safetensors")(x, t, context)
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
 def test_a_dict_that_a_wan_can_honour_is_taken_without_a_word(caplog):
     with caplog.at_level(logging.WARNING):
         student = WanLiteStudent({"model_type": "t2v", "hidden_size": 256, "depth": 1, "num_heads": 2})

@@ -101,7 +101,8 @@ def create_student(teacher: Teacher, prompts: PromptBank | None, shape: tuple[in
     if probe is not None:
         measured = yield from _measure(teacher, plan, cuts, probe[-HELD_OUT:], measured)
     yield Progress(stage="Writing the start", done=0, total=1)
-    card = _card(teacher, plan, measured, cfg, shape)
+    card = card_for(teacher, plan, shape, cfg=cfg, measured={} if measured.error is None else
+                    {"start_error": measured.error, "plain_cut_error": measured.plain_cut})
     return _write(folder, fingerprint, teacher, plan, cuts, card, measured)
 
 
@@ -180,20 +181,22 @@ def _loaded(weights: Iterator[tuple[str, Tensor]], config: WanConfig, teacher: T
             state[name] = tensor.to(teacher.device, copy=True)
         yield Progress(stage="Measuring the start", done=done, total=2)
     with torch.inference_mode(False), torch.no_grad():
-        module.load_state_dict(state, assign=True)
+        computed = state["blocks.0.self_attn.q.weight"].dtype           # a forward computes in one dtype; a teacher may hold several
+        module.load_state_dict({name: tensor.to(computed) for name, tensor in state.items()}, assign=True)
         return ModuleTeacher(module, shift=teacher.shift).velocity
 
 
-def _card(teacher: Teacher, plan: CompressionPlan, measured: Measured, cfg: float, shape: tuple[int, int, int, int]) -> StudentCard:
+def card_for(teacher: Teacher, plan: CompressionPlan, shape: tuple[int, int, int, int], *, recipe: Mapping[str, float] = {},
+             **settings: Any) -> StudentCard:
+    """What a student of this teacher says of itself, made for videos of latent shape (C, T, H, W); settings: other fields of the card."""
     config = teacher.config
     _, frames, rows, columns = shape
     scale = 16 if config.out_dim == 48 else 8           # pixels a latent pixel: TI2V-5B's VAE, and the others'
     return StudentCard(
-        cfg=cfg, shift=teacher.shift, size=(columns * scale, rows * scale, 4 * (frames - 1) + 1),
+        shift=teacher.shift, size=(columns * scale, rows * scale, 4 * (frames - 1) + 1),
         teacher=f"{config.model_type}, {config.num_layers} blocks of {config.dim}, FFN {config.ffn_dim}",
         teacher_fingerprint=teacher.fingerprint, keep=plan.keep, ffn_dim=plan.ffn_dim,
-        recipe={"teacher_layers": config.num_layers, "teacher_ffn_dim": config.ffn_dim},
-        measured={} if measured.error is None else {"start_error": measured.error, "plain_cut_error": measured.plain_cut})
+        recipe={"teacher_layers": config.num_layers, "teacher_ffn_dim": config.ffn_dim, **recipe}, **settings)
 
 
 def _write(folder: Path, fingerprint: str, teacher: Teacher, plan: CompressionPlan, cuts: dict[int, FfnCut] | None, card: StudentCard,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import WanLiteError
-from ..files import read_json, replace_file, write_json
+from ..files import read_json, replace_file, sweep, write_json
 from ..transformer import WanLiteStudent
 from .job import DistillJob, differences
 from .optim import WeightAverage
@@ -54,6 +54,7 @@ class RunFolder:
             raise WanLiteError(f"Run {self.path.name!r} is in use by another job.", "", "Wait for it, or type a new run name.") from error
         try:
             self._compare(job)
+            sweep(self.path)
             write_json(self.path / "job.json", {"job": job.to_json(), "about": dict(about)})
             yield
         finally:
@@ -75,8 +76,12 @@ class RunFolder:
         write_json(self.path / f"{name}.json", value)
 
     def noted(self, name: str) -> Any:
+        """What was noted, or None. Raises WanLiteError when it cannot be read."""
         path = self.path / f"{name}.json"
-        return read_json(path) if path.exists() else None
+        try:
+            return read_json(path) if path.exists() else None
+        except json.JSONDecodeError as error:
+            raise WanLiteError(f"Run {self.path.name!r} has a damaged {path.name}.", "", "Type a new run name; nothing was overwritten.") from error
 
     def log(self, **row: Any) -> None:
         """Appends one line to metrics.jsonl."""
@@ -106,7 +111,7 @@ class RunFolder:
         tensors |= {f"average.{name}": value for name, value in zip(state.average.names, state.average.values)}
         for name, parameter in state.student.named_parameters():
             tensors |= {f"{key}.{name}": state.optimizer.state[parameter][key] for key in MOMENTS}
-        told = {"step": state.step, "best_error": state.best_error, "best_step": state.best_step}
+        told = {"step": state.step}
         replace_file(self.checkpoint, lambda path: save_file(_on_cpu(tensors), path, metadata={"wanlite.state": json.dumps(told)}))
         return self.checkpoint.stat().st_size
 
@@ -122,22 +127,32 @@ class RunFolder:
                 for name, value in zip(state.average.names, state.average.values):
                     value.copy_(stored.get_tensor(f"average.{name}"))
                 for name, parameter in parameters.items():
-                    moments = {key: stored.get_tensor(f"{key}.{name}") for key in MOMENTS}
+                    # Copies: what stays a view would keep the file mapped, and Windows then refuses to replace it.
+                    moments = {key: stored.get_tensor(f"{key}.{name}").clone() for key in MOMENTS}
                     state.optimizer.state[parameter] = {key: value if key == "step" else value.to(parameter.device)
                                                         for key, value in moments.items()}
         except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
             raise WanLiteError(f"The checkpoint of run {self.path.name!r} is damaged ({error}).", "",
                                "Type a new run name to start again; the teacher's cached answers are used again.") from error
-        state.step, state.best_error, state.best_step = told["step"], told["best_error"], told["best_step"]
+        state.step = told["step"]
         return True
+
+    def restore_best(self, state: TrainState) -> None:
+        """Reads which weights are the best so far from their own file: it may be newer than the checkpoint."""
+        if self.best.exists():
+            with safe_open(self.best, "pt") as stored:
+                told = json.loads(stored.metadata()["wanlite.best"])
+            state.best_error, state.best_step = told["error"], told["step"]
 
     def save_best(self, state: TrainState) -> None:
         """Keeps the averaged weights in bf16: what is handed out."""
-        tensors = {name: value.detach().to(torch.bfloat16) for name, value in zip(state.average.names, state.average.values)}
-        replace_file(self.best, lambda path: save_file(_on_cpu(tensors), path, metadata={"format": "pt"}))
+        tensors = {name: value.detach().cpu().to(torch.bfloat16) for name, value in zip(state.average.names, state.average.values)}
+        told = {"error": state.best_error, "step": state.best_step}
+        replace_file(self.best, lambda path: save_file(tensors, path, metadata={"wanlite.best": json.dumps(told)}))
 
     def load_best(self) -> dict[str, Tensor]:
-        return load_file(self.best)
+        """The best weights so far, as copies: the file is not held."""
+        return {name: value.clone() for name, value in load_file(self.best).items()}
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

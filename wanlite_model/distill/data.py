@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import flow
+from ..compress.importance import TOKENS_AT_ONCE, tokens
 from ..errors import WanLiteError
 from ..files import replace_file
 from ..prompts import PromptBank
@@ -25,7 +26,6 @@ from .job import HOLDOUT_PROMPTS, MIN_UNITS, DistillJob
 
 VERSION = 1
 STORED = torch.float16          # rounding 2**-11 of a latent: far below what a student gets wrong
-TOKENS_AT_ONCE = 4096           # small samples go through the teacher together; a 480x832 clip goes alone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,11 +60,6 @@ def seeded(*parts: object) -> torch.Generator:
     """A CPU generator that is a function of its arguments alone."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def tokens_of(shape: Sequence[int]) -> int:
-    """Tokens of a sample of latent shape (C, T, H, W)."""
-    return shape[1] * (shape[2] // 2) * (shape[3] // 2)
 
 
 def rollout_sigmas(job: DistillJob) -> Tensor:
@@ -112,7 +107,7 @@ def _unit_key(job: DistillJob, prompts: PromptBank, latents: Tensor | None, prom
     data = None if latents is None else _digest(latents[item])
     negative = _digest(prompts.negative) if job.guided else None
     decides = (VERSION, job.teacher, job.shift, job.shape, job.cfg, rollout_sigmas(job).tolist(), job.recipe.full_range,
-               job.train_seed, index, prompts.context_key(prompt), negative, data)
+               state_counts(job), job.train_seed, index, prompts.context_key(prompt), negative, data)
     return hashlib.sha256(repr(decides).encode()).hexdigest()[:24]
 
 
@@ -131,27 +126,41 @@ class TeacherCache:
         """Whether the file is there, is this unit's, and is whole."""
         try:
             with safe_open(self.path(unit), "pt") as stored:
-                return (stored.metadata() or {}).get("wanlite.unit") == unit.key
+                whole = stored.get_slice("sigma").get_shape() == [sum(state_counts(self.job))]
+                return whole and (stored.metadata() or {}).get("wanlite.unit") == unit.key
         except (OSError, SafetensorError):
             return False
 
+    def affordable(self, most: int) -> int:
+        """How many of the units, from the first on, can be had when `most` of those that are not there yet may be asked for."""
+        count = 0
+        for unit in self.units:
+            most -= not self.intact(unit)
+            if most < 0:
+                break
+            count += 1
+        return max(2, count)
+
     def groups(self) -> list[tuple[Unit, ...]]:
         """Units that go through the teacher together; the grouping is fixed, so a resumed cache is the same cache."""
-        size = max(1, TOKENS_AT_ONCE // tokens_of(self.job.shape))
+        size = max(1, TOKENS_AT_ONCE // tokens(self.job.shape))
         return [self.units[i:i + size] for i in range(0, len(self.units), size)]
 
     def fill(self, teacher: Teacher, prompts: PromptBank, latents: Tensor | None) -> Iterator[tuple[int, int]]:
         """Asks the teacher for what is missing. Yields (forwards done, forwards in all) after each."""
         groups, each = self.groups(), sum(state_counts(self.job))
         for number, group in enumerate(groups):
-            if not all(self.intact(unit) for unit in group):
+            missing = [unit for unit in group if not self.intact(unit)]
+            if missing:
                 answers = _Answers(self.job, teacher, prompts.cond([unit.prompt for unit in group]),
                                    prompts.negative_cond(len(group)) if self.job.guided else None)
                 for done, _ in enumerate(_visit(self.job, group, answers, latents), start=number * each + 1):
                     yield done, len(groups) * each
                 for row, unit in enumerate(group):
-                    self._write(unit, answers.of(row))
-            yield (number + 1) * each, len(groups) * each
+                    if unit in missing:                 # another job may train on the others
+                        self._write(unit, answers.of(row))
+            else:
+                yield (number + 1) * each, len(groups) * each
 
     def _write(self, unit: Unit, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -193,10 +202,9 @@ class TeacherCache:
 
 def state_counts(job: DistillJob) -> tuple[int, int]:
     """How many states of a unit lie on the teacher's path, and how many are re-noised; the path comes first in the file."""
-    steps = len(rollout_sigmas(job)) - 1
     if job.latents:
-        return 0, steps
-    return steps, 0 if job.recipe.renoised == 0 else max(1, steps // 2)
+        return 0, job.path_steps
+    return job.path_steps, 0 if job.recipe.renoised == 0 else max(1, job.path_steps // 2)
 
 
 class _Answers:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import flow
+from ..compress.importance import TOKENS_AT_ONCE, tokens
 from ..prompts import PromptBank
 from ..transformer import WanLiteStudent
-from .data import TOKENS_AT_ONCE, Batch, tokens_of
+from .data import Batch
 from .job import DistillJob
 
 BUCKETS = 4                     # of sigma: [0, .25), [.25, .5), [.5, .75), [.75, 1]
@@ -51,7 +52,7 @@ def guided_student_velocity(student: WanLiteStudent, x: Tensor, sigma: Tensor, p
 
 def evaluate(student: WanLiteStudent, held: Batch, prompts: PromptBank, job: DistillJob) -> Generator[tuple[int, int], None, Held]:
     """Yields (states done, states in all) after each forward; returns Held. The student is left in the mode it was in."""
-    size = max(1, TOKENS_AT_ONCE // tokens_of(job.shape) // 2)
+    size = max(1, TOKENS_AT_ONCE // tokens(job.shape) // 2)
     errors, scales, gaps = [], [], []
     for start in range(0, len(held.x), size):
         with torch.inference_mode(False), torch.no_grad():

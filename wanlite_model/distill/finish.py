@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
+from ..compress.build import card_for
 from ..compress.handle import StudentHandle
 from ..formats.card import StudentCard
 from ..formats.write import write_student
@@ -14,20 +15,24 @@ from .evaluate import Held
 from .events import Finished
 from .job import HOLDOUT_PROMPTS, DistillJob
 
-PIXELS, FRAMES = 8, 4           # of video behind one latent, along a side and in time (WAN 2.1's VAE)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """Held-out errors: of the best weights as they are handed out (rounded to bf16), of the start, of the plain cut."""
+    best: Held
+    start: Held
+    plain: Held
 
 
-def write_finished(job: DistillJob, files: RunFolder, start: StudentHandle, teacher: Teacher, state: TrainState, plain: Held,
-                   started: Held, planned: int, cache: TeacherCache) -> Finished:
+def write_finished(job: DistillJob, files: RunFolder, start: StudentHandle, teacher: Teacher, state: TrainState, planned: int,
+                   cache: TeacherCache, measured: Measured) -> Finished:
     """Writes the best student into the run folder and notes the end, so that the same job returns at once."""
-    best = next((row for row in files.rows("eval") if row["step"] == state.best_step), None)
-    held = started if best is None else Held(error=best["error"], buckets=tuple(best["buckets"]), closure=best["closure"], states=best["states"])
-    card = _card(job, start, teacher, held, plain, state)
+    card = _card(job, start, teacher, measured, state)
     weights = files.load_best()
     write_student(files.student, config=start.config, tensors=weights.items(), card=card, overwrite=True)
     handle = replace(start, folder=str(files.student), fingerprint=fingerprint_tensors(weights.items()), card=card)
-    files.note("finished", {"handle": handle.to_json(), "report": _report(job, held, plain, started, state, planned, cache),
-                            "plain_cut": plain.error})
+    files.note("finished", {"handle": handle.to_json(), "report": _report(job, measured, state, planned, cache),
+                            "plain_cut": measured.plain.error})
     return finished_from_disk(files)
 
 
@@ -41,38 +46,32 @@ def finished_from_disk(files: RunFolder) -> Finished | None:
                     evaluations=tuple((row["step"], row["error"]) for row in files.rows("eval")))
 
 
-def _card(job: DistillJob, start: StudentHandle, teacher: Teacher, held: Held, plain: Held, state: TrainState) -> StudentCard:
-    steps = job.recipe.teacher_steps if job.sigmas is None else len(job.sigmas) - 1
-    _, frames, height, width = job.shape
+def _card(job: DistillJob, start: StudentHandle, teacher: Teacher, measured: Measured, state: TrainState) -> StudentCard:
     recipe = {name: value for name, value in asdict(job.recipe).items() if not isinstance(value, str)}
     recipe |= {"cfg": job.cfg, "fold_guidance": int(job.fold_guidance), "train_steps": state.step, "train_seed": job.train_seed,
-               "feature_kd": int(job.recipe.objective == "velocity + features"), "user_latents": int(bool(job.latents)), "teacher_layers": start.plan.teacher_layers,
-               "teacher_ffn_dim": start.plan.teacher_ffn_dim}
-    return StudentCard(steps=steps, cfg=job.student_cfg, shift=job.shift, keep=start.plan.keep,
-                       size=(PIXELS * width, PIXELS * height, FRAMES * (frames - 1) + 1), ffn_dim=start.config.ffn_dim,
-                       teacher=f"{teacher.config.model_type}, {teacher.config.num_layers} blocks of {teacher.config.dim}, FFN {teacher.config.ffn_dim}",
-                       teacher_fingerprint=teacher.fingerprint, recipe=recipe,
-                       measured={"held_out_error": held.error, "plain_cut_error": plain.error, "best_step": state.best_step})
+               "feature_kd": int(job.recipe.objective == "velocity + features"), "user_latents": int(bool(job.latents))}
+    return card_for(teacher, start.plan, job.shape, steps=job.path_steps, cfg=job.student_cfg, recipe=recipe,
+                    measured={"held_out_error": measured.best.error, "plain_cut_error": measured.plain.error, "best_step": state.best_step})
 
 
-def _report(job: DistillJob, held: Held, plain: Held, started: Held, state: TrainState, planned: int,
-            cache: TeacherCache) -> str:
+def _report(job: DistillJob, measured: Measured, state: TrainState, planned: int, cache: TeacherCache) -> str:
     """Held-out numbers first; a falling training loss proves nothing."""
     target = f"the teacher at cfg {job.cfg:g}"
+    held, plain, started = measured.best, measured.plain, measured.start
     held_prompts = {unit.prompt for unit in cache.held}
     apart = not held_prompts & {unit.prompt for unit in cache.train}
-    measured = (f"Measured on {held.states} states of {len(held_prompts)} prompts that were never trained on." if apart else
+    on_what = (f"Measured on {held.states} states of {len(held_prompts)} prompts that were never trained on." if apart else
                 f"Measured on {held.states} states from other noise of the same prompts, since {HOLDOUT_PROMPTS} prompts are needed to hold "
                 "whole ones out: on new prompts the error may be larger.")
     gain = plain.error / held.error if held.error > 0 else math.inf
     lines = [
         f"Held-out velocity error against {target}: {held.error:.4f} (start {started.error:.4f}, plain cut {plain.error:.4f}): "
         f"{gain:.1f} times below the plain cut of the same size. 0 would be the teacher itself.",
-        measured,
+        on_what,
         "By sigma, from clean to noise: " + ", ".join("-" if math.isnan(b) else f"{b:.4f}" for b in held.buckets)
         + " (plain cut " + ", ".join("-" if math.isnan(b) else f"{b:.4f}" for b in plain.buckets) + ").",
-        f"Best of {state.step} steps ({planned} planned) was step {state.best_step}; that one was kept.",
-        f"Sample with euler, simple, {job.recipe.teacher_steps if job.sigmas is None else len(job.sigmas) - 1} steps, "
+        f"Best of {max(state.step, state.best_step)} steps ({planned} planned) was step {state.best_step}; that one was kept.",
+        f"Sample with euler, simple, {job.path_steps} steps, "
         f"cfg {job.student_cfg:g}, shift {job.shift:g}.",
     ]
     if job.fold_guidance and job.guided:

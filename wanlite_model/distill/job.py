@@ -72,14 +72,19 @@ class DistillJob:
         _check_ranges(self, {"cfg": (1, 100), "steps": (0, 10_000_000), "minutes": (0.1, 1e6), "shift": (0.01, 1000)})
         if self.sigmas is not None:
             path = self.sigmas
-            if len(path) < 2 or path[-1] != 0 or not all(1 >= a > b for a, b in zip(path, path[1:])):
-                raise WanLiteError(f"The sigmas run from {path[:1]} to {path[-1:]}.", "They must fall from at most 1 to 0.",
-                                   "Use BasicScheduler with denoise 1, or leave the input open.")
+            if len(path) < 2 or path[-1] != 0 or not 0.999 < path[0] <= 1 or not all(a > b for a, b in zip(path, path[1:])):
+                raise WanLiteError(f"The sigmas run from {path[0] if path else 'nowhere'} to {path[-1] if path else 'nowhere'}.",
+                                   "They must fall from 1, pure noise, to 0.", "Use BasicScheduler with denoise 1, or leave the input open.")
 
     @property
     def guided(self) -> bool:
         """Whether the teacher is asked for its negative prompt too."""
         return self.cfg != 1
+
+    @property
+    def path_steps(self) -> int:
+        """Steps of the teacher's path, and those that the student is meant for."""
+        return self.recipe.teacher_steps if self.sigmas is None else len(self.sigmas) - 1
 
     @property
     def student_cfg(self) -> float:
@@ -99,14 +104,15 @@ class DistillJob:
                       "recipe": Recipe(**value["recipe"])})
 
 
-# Intervals and the like: changing them on a run that exists changes what it shows, not what it becomes.
-FREE = ("recipe.save_every",)
-
-
 def differences(old: DistillJob, new: DistillJob) -> list[str]:
     """'name=old, not new' for each value that decides the weights and differs."""
     before, after = _flat(old.to_json()), _flat(new.to_json())
-    return [f"{name}={before[name]}, not {after[name]}" for name in before if name not in FREE and before[name] != after[name]]
+    idle = {"recipe.save_every"}                # changes what a run shows, not what it becomes
+    if old.steps and new.steps:
+        idle.add("minutes")
+    if old.sigmas and new.sigmas:
+        idle.add("recipe.teacher_steps")
+    return [f"{name}={before[name]}, not {after[name]}" for name in before if name not in idle and before[name] != after[name]]
 
 
 def _flat(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,9 @@ from torch import Tensor
 OUTLIER = 6.0                   # standard deviations; WAN's few massive activations would otherwise be the whole loss
 
 
-def velocity_loss(velocity: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error per sample [B], in units of the target's mean square over the batch; both [B, C, T, H, W]."""
-    scale = target.square().mean().clamp_min(1e-12)
-    return (velocity - target).square().flatten(1).mean(1) / scale
+def velocity_loss(velocity: Tensor, target: Tensor, scale: Tensor) -> Tensor:
+    """Mean squared error per sample [B] of two [B, C, T, H, W], in units of `scale`: the targets' mean square over the whole batch."""
+    return (velocity - target).square().flatten(1).mean(1) / scale.clamp_min(1e-12)
 
 
 def feature_loss(student: Mapping[int, Tensor], teacher: Mapping[int, Tensor], pairs: Sequence[tuple[int, int]]) -> Tensor:

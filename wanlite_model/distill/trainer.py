@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from .. import flow
 from ..compress.apply import plain_cut
 from ..compress.handle import StudentHandle
+from ..compress.importance import tokens
 from ..errors import WanLiteError
 from ..formats.read import open_wan
 from ..prompts import PromptBank
@@ -27,10 +28,10 @@ from ..teacher import Cond, Teacher, pad_together
 from ..transformer import WanLiteStudent
 from . import objectives
 from .checkpoint import RunFolder, TrainState
-from .data import Batch, TeacherCache, check_latents, plan_units, rollout_sigmas, seeded, tokens_of
+from .data import Batch, TeacherCache, check_latents, plan_units, rollout_sigmas, seeded
 from .evaluate import Held, evaluate, guided_student_velocity, student_velocity
 from .events import Eval, Event, Sample, Saved, Stage, Step
-from .finish import finished_from_disk, write_finished
+from .finish import Measured, finished_from_disk, write_finished
 from .job import DistillJob
 from .optim import WeightAverage, lr_at, make_optimizer
 
@@ -94,9 +95,11 @@ class Run:
             if not resumed:
                 self._keep_if_best(self.start.error)
             yield from self._train()
+            yield from self._load(self.files.load_best().items(), "loading the best")
+            handed_out = yield from self._evaluate("evaluating what is handed out")
             yield Stage(name="writing the student", done=0, total=1)
-            yield write_finished(self.job, self.files, self.handle, self.teacher, self.state, self.plain, self.start, self.steps,
-                                 self.cache)
+            yield write_finished(self.job, self.files, self.handle, self.teacher, self.state, self.steps, self.cache,
+                                 Measured(best=handed_out, start=self.start, plain=self.plain))
 
     def _check(self) -> None:
         check_latents(self.latents, self.prompts)
@@ -105,6 +108,11 @@ class Run:
             if getattr(self.job, name) != fingerprint:
                 raise WanLiteError(f"The job was made for {name} {getattr(self.job, name)} and was given {fingerprint}.", "",
                                    "Build the job from the parts it is run with.")
+        ours, its = self.handle.config, self.teacher.config
+        if ours.dim != its.dim or ours.num_layers > its.num_layers or ours.ffn_dim > its.ffn_dim:
+            raise WanLiteError(f"The student has {ours.num_layers} blocks of {ours.dim} with FFN {ours.ffn_dim}, the teacher "
+                               f"{its.num_layers} of {its.dim} with FFN {its.ffn_dim}.", "A student is cut from its teacher.",
+                               "Connect the teacher that this student was made from.")
         channels, _, height, width = self.job.shape
         if channels != self.teacher.config.out_dim:
             raise WanLiteError(f"The latents have {channels} channels; this teacher's have {self.teacher.config.out_dim}.", "",
@@ -121,12 +129,14 @@ class Run:
         noted = self.files.noted("units")
         if self.job.steps == 0 and noted is None:
             whole = cache(None)
-            first = whole.groups()[0]
-            begun, fresh = time.monotonic(), sum(not whole.intact(unit) for unit in first)
-            yield from self._ask(TeacherCache(self.cache_root, self.job, first))
-            each = (time.monotonic() - begun) / max(fresh, 1)
-            affordable = int((CACHE_SHARE * 60 * self.job.minutes - self._seconds()) / max(each, 1e-3))
-            noted = len(whole.units) if fresh == 0 else min(len(whole.units), max(2, len(first) + affordable))
+            affordable = len(whole.units)
+            missing = next((group for group in whole.groups() if not all(map(whole.intact, group))), None)
+            if missing is not None:
+                begun = time.monotonic()
+                yield from self._ask(TeacherCache(self.cache_root, self.job, missing))
+                each = max(1e-3, (time.monotonic() - begun) / len(missing))
+                affordable = int((CACHE_SHARE * 60 * self.job.minutes - self._seconds()) / each)
+            noted = whole.affordable(affordable)
             self.files.note("units", noted)
         filled = cache(noted)
         yield from self._ask(filled)
@@ -139,7 +149,7 @@ class Run:
     @trains
     def _fresh_state(self) -> TrainState:
         module = WanLiteStudent.from_pretrained(self.handle.folder, torch_dtype=torch.float32, device=self.teacher.device).train()
-        if tokens_of(self.job.shape) >= CHECKPOINT_TOKENS:
+        if tokens(self.job.shape) >= CHECKPOINT_TOKENS:
             module.enable_gradient_checkpointing()
         return TrainState(student=module, average=WeightAverage(module, self.job.recipe.ema_decay),
                           optimizer=make_optimizer(module, self.job.recipe))
@@ -147,6 +157,7 @@ class Run:
     @trains
     def _restore(self) -> bool:
         resumed = self.files.restore(self.state)
+        self.files.restore_best(self.state)
         self.files.forget_after(self.state.step)
         return resumed
 
@@ -155,20 +166,20 @@ class Run:
         noted = self.files.noted("baseline")
         if noted is None:
             start = yield from self._evaluate("evaluating the start")
-            self._load(plain_cut(self.teacher, self.handle.config))
+            yield from self._load(plain_cut(self.teacher, self.handle.config), "cutting the plain cut")
             plain = yield from self._evaluate("evaluating the plain cut")
             with open_wan(Path(self.handle.folder)) as source:
-                self._load(source.tensors())
+                yield from self._load(source.tensors(), "loading the student")
             noted = {"plain_cut": asdict(plain), "start": asdict(start)}
             self.files.note("baseline", noted)
         return _held(noted["plain_cut"]), _held(noted["start"])
 
-    @trains
-    def _load(self, tensors: Any) -> None:
-        with torch.no_grad():
-            own = self.state.student.state_dict()
-            for name, value in tensors:
-                own[name].copy_(value)
+    def _load(self, tensors: Iterable[tuple[str, Tensor]], name: str) -> Iterator[Stage]:
+        own = self.state.student.state_dict()
+        for done, (key, value) in enumerate(tensors, start=1):
+            with torch.inference_mode(False), torch.no_grad():
+                own[key].copy_(value)
+            yield Stage(name=name, done=done, total=len(own))
 
     def _evaluate(self, name: str) -> Generator[Event, None, Held]:
         measuring = evaluate(self.state.student, self.held, self.prompts, self.job)
@@ -189,7 +200,7 @@ class Run:
                 for i in range(TIMED_STEPS):
                     yield Stage(name="measuring the speed", done=i, total=TIMED_STEPS)
                     begun = time.monotonic()
-                    self._backward(0, 1)
+                    float(self._backward(0, 1))             # a GPU's clock is read once it is done
                     seconds.append(time.monotonic() - begun)
                 begun = time.monotonic()
                 yield from self._evaluate("measuring the speed")
@@ -233,7 +244,11 @@ class Run:
         """One optimizer step. Everything random in it is a function of (train_seed, step)."""
         begun, state, recipe = time.monotonic(), self.state, self.job.recipe
         state.optimizer.zero_grad(set_to_none=True)
-        loss = self._backward(state.step, self.steps)
+        try:
+            loss = self._backward(state.step, self.steps)
+        except torch.cuda.OutOfMemoryError as error:
+            raise WanLiteError("A training step does not fit into this card's memory.", "Everything up to the last step is kept.",
+                               "Type a new run name, and lower batch_size, the frames or the size of the LATENT, or keep fewer blocks.") from error
         norm = clip_grad_norm_(state.student.parameters(), recipe.max_grad_norm)
         if not torch.isfinite(loss + norm):
             raise WanLiteError(f"The loss is not finite at step {state.step + 1}.", "The weights were left as they were before it.",
@@ -248,15 +263,16 @@ class Run:
 
     @trains
     def _backward(self, step: int, total: int) -> Tensor:
-        """Gradients of one batch, in parts that fit; into which parts changes nothing but rounding. Returns the loss."""
+        """Gradients of one batch, in parts that fit; into which parts changes the velocity loss by rounding only. Returns the loss."""
         batch = self.cache.batch(step)
         contexts, targets = self._targets(batch, step)
-        size = max(1, TOKENS_A_PASS // tokens_of(self.job.shape))
+        scale = targets.square().mean().to(self.teacher.device)
+        size = max(1, TOKENS_A_PASS // tokens(self.job.shape))
         summed = torch.zeros((), device=self.teacher.device)
         for start in range(0, len(batch.x), size):
             part = slice(start, start + size)
             velocity, features = self._forward(batch[part], contexts[part])
-            loss = objectives.velocity_loss(velocity, targets[part].to(velocity.device)).mean()
+            loss = objectives.velocity_loss(velocity, targets[part].to(velocity.device), scale).mean()
             if self.pairs:
                 loss = loss + (1 - step / total) * objectives.feature_loss(features, self._teacher_features(batch[part], contexts[part]), self.pairs)
             loss = loss * (len(velocity) / len(batch.x))
