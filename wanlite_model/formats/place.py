@@ -25,8 +25,8 @@ STALE = 24 * 3600                       # seconds after which a temporary folder
 FULL = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
 
 
-def check_name(name: str) -> str:
-    """The name again, when it can be a file's on every system. Raises WanLiteError otherwise."""
+def check_name(name: str, what: str = "a student") -> str:
+    """The name again, when it can be a file's on every system. Raises WanLiteError otherwise; `what` says whose name it is."""
     wrong = re.search(r'[<>:"/\\|?*\x00-\x1f\x7f]', name)
     why = ("it is empty" if not name.strip() else
            f"it contains {wrong[0]!r}" if wrong else
@@ -34,7 +34,7 @@ def check_name(name: str) -> str:
            "Windows keeps this name for a device" if name.split(".")[0].strip().lower() in DEVICES else
            f"it is longer than {MAX_NAME} bytes" if len(name.encode("utf-8", "replace")) > MAX_NAME else "")
     if why:
-        raise WanLiteError(f"{name[:60]!r} cannot be a student's name: {why}.", "",
+        raise WanLiteError(f"{name[:60]!r} cannot be {what}'s name: {why}.", "",
                            "Use letters, digits, spaces, - and _, for example 'cats-4steps'.")
     return name
 
