@@ -95,7 +95,7 @@ def open_wan(path: Path) -> Iterator[WanFile]:
 def _only_safetensors(path: Path) -> Path:
     if path.suffix.lower() == ".safetensors":
         return path
-    fix = {".gguf": "Open it with a GGUF loader node and connect its MODEL."}.get(
+    fix = {".gguf": "For now a student is made from a bf16, fp16 or fp8 file of this model: download one of these."}.get(
         path.suffix.lower(), "A pickle can run code when it is opened: convert it to safetensors first.")
     raise WanLiteError(f"{path.name} is not a .safetensors file.", "", fix)
 
