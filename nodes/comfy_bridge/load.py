@@ -20,13 +20,13 @@ log = logging.getLogger(__name__)
 def open_model(path: Path, shift: float | None = None, dtype: torch.dtype | None = None) -> Any:
     """The MODEL in a .safetensors file, or in a WAN or diffusers folder. shift: None leaves ComfyUI's default of 8.
 
-    A single file goes to the stock loader, quantised or not; a plain one is checked before, since ComfyUI fills what is missing
-    with whatever memory holds. Raises WanLiteError when it is not a whole WAN.
+    A single file goes to the stock loader, quantised or not; a plain one is checked before with the config.json beside it, since ComfyUI
+    fills what is missing with whatever memory holds, and never reads the other. Raises WanLiteError when it is not a whole WAN.
     """
     options = {} if dtype is None else {"dtype": dtype}
-    file = path if path.is_file() else _only_file(path)
+    file = _stock_file(path)
     if file is not None:
-        _check(file)
+        _check(path, file)
         try:
             model = comfy.sd.load_diffusion_model(str(file), model_options=options)
         except (RuntimeError, KeyError, ValueError, AssertionError, ZeroDivisionError) as error:
@@ -43,17 +43,32 @@ def with_shift(model: Any, shift: float) -> Any:
     return ModelSamplingSD3().patch(model, shift)[0]
 
 
-def _check(file: Path) -> None:
-    """Raises WanLiteError on a broken container, and on a WAN in float dtypes that is not whole."""
+def reload_note(path: Path) -> tuple[str, ...]:
+    """What a user should know of a MODEL that open_model put together itself."""
+    return () if _stock_file(path) else (
+        "Made of shards or of diffusers names: newer ComfyUIs cannot load such a MODEL from disk a second time, as some of their nodes want to. "
+        "Should one complain, open this folder with WanLite Load Student, write it as one file with WanLite Save Student, and load that.",)
+
+
+def _check(path: Path, file: Path) -> None:
+    """Raises WanLiteError on a broken container, and on a WAN in float dtypes that is not whole or not what its config.json says."""
     entries = read_header(file).entries
     if not any(name.endswith(QUANTISED) or entry.dtype not in FLOATS for name, entry in entries.items()):
-        with open_wan(file):
+        with open_wan(path):
             pass
 
 
-def _only_file(folder: Path) -> Path | None:
-    """The one file of a folder in WAN's own names, which the stock loader can take."""
-    files = sorted(folder.glob("*.safetensors"))
-    config = folder / "config.json"
-    ours = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("_class_name") == "WanModel"
-    return files[0] if len(files) == 1 and ours else None
+def _stock_file(path: Path) -> Path | None:
+    """What the stock loader can take: the file itself, or the one file of a folder in WAN's own names."""
+    if path.is_file():
+        return path
+    files = sorted(path.glob("*.safetensors"))
+    return files[0] if len(files) == 1 and _is_wans(path / "config.json") else None
+
+
+def _is_wans(config: Path) -> bool:
+    """Whether it says so; one that cannot be read does not, and open_wan tells the user."""
+    try:
+        return json.loads(config.read_text(encoding="utf-8"))["_class_name"] == "WanModel"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
