@@ -1,13 +1,29 @@
 """Room on the device for what ComfyUI's memory manager does not see: the student and its training state."""
 from __future__ import annotations
 
+import math
+
 import comfy.model_management
 import torch
+
+from ...wanlite_model.config import WanConfig
+from ...wanlite_model.formats.keymap import wan_shapes
 
 
 def device() -> torch.device:
     """The device that ComfyUI computes on."""
     return comfy.model_management.get_torch_device()
+
+
+def parameters(config: WanConfig) -> int:
+    """How many numbers the weights of such a WAN are."""
+    return sum(math.prod(shape) for shape in wan_shapes(config).values())
+
+
+def lacking(needed: int) -> str:
+    """A sentence when this machine has less than `needed` bytes of its own memory free, else nothing."""
+    free = comfy.model_management.get_free_memory(torch.device("cpu"))
+    return f"it takes {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free" if free < needed else ""
 
 
 def make_room(needed: int) -> None:

@@ -1,7 +1,6 @@
 """Any ComfyUI MODEL of the WAN text-to-video family as a teacher."""
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from ...wanlite_model.errors import WanLiteError
 from ...wanlite_model.flow import TIMESTEPS
 from ...wanlite_model.formats.keymap import wan_shapes
 from ...wanlite_model.teacher import Cond, Tap, fingerprint_tensors, tapped
+from .memory import parameters
 from .patches import plain_copy
 
 PREFIX = "diffusion_model."
@@ -57,9 +57,8 @@ class ComfyTeacher:
     def describe(self) -> str:
         """One line for a user: architecture, size, dtype, shift."""
         network = self._model.model.diffusion_model
-        count = sum(math.prod(shape) for shape in wan_shapes(self.config).values())
         dtypes = Counter(str(p.dtype).removeprefix("torch.") for p in network.parameters())
-        return (f"{self.name}, FFN {self.config.ffn_dim}, {count / 1e9:.3g} B parameters, mostly {dtypes.most_common(1)[0][0]}, "
+        return (f"{self.name}, FFN {self.config.ffn_dim}, {parameters(self.config) / 1e9:.3g} B parameters, mostly {dtypes.most_common(1)[0][0]}, "
                 f"{self._model.model_size() / 2**20:,.0f} MiB, shift {self.shift:g}.")
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, *, skip: Collection[int] = (), taps: Mapping[str, Tap] = {}) -> Tensor:

@@ -17,12 +17,13 @@ from ...wanlite_model.flow import TIMESTEPS
 from ...wanlite_model.formats.write import Verified
 from ...wanlite_model.teacher import Cond
 from ...wanlite_model.transformer import WanLiteStudent
-from . import load
+from . import load, memory
 from .teacher import ComfyTeacher
 
 log = logging.getLogger(__name__)
 
 READER = "ComfyUI's Load Diffusion Model"
+BYTES_A_PARAMETER = 4.4     # fp32, and a tenth for the rest
 LIMIT = 1e-3        # fp32 on two devices differs by 1e-5; one wrong tensor by far more
 
 
@@ -43,16 +44,24 @@ def record(student: StudentHandle, dtype: torch.dtype) -> Recorded:
     with torch.inference_mode(False), torch.no_grad():
         x = torch.randn(1, student.config.in_dim, 1, 8, 8, generator=generator)
         sigma, cond = torch.tensor([0.7]), Cond(context=torch.randn(1, 16, 4096, generator=generator) * 0.1)
-        try:
-            module = WanLiteStudent.from_wan(student.config, device="meta")
-            with student.open() as source:
-                module.load_state_dict({name: tensor.to(dtype).float() for name, tensor in source.tensors()}, assign=True)
-            velocity, why = module.eval()(x, TIMESTEPS * sigma, cond.context), ""
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "alloc" not in str(error):
-                raise
-            velocity, why = None, f"there is not enough memory to compute one forward of it in fp32 ({error})."
+        # Asked before, and not only caught: a system that runs out of memory swaps for minutes, or kills ComfyUI without a word.
+        velocity, why = None, memory.lacking(int(BYTES_A_PARAMETER * memory.parameters(student.config)))
+        if not why:
+            try:
+                velocity = _velocity(student, dtype, x, sigma, cond)
+            except (MemoryError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and "alloc" not in str(error):
+                    raise
+                why = f"memory ran out ({error})"
+        why = why and f"one forward of it in fp32, to compare with, could not be computed: {why}."
     return Recorded(dtype=dtype, x=x, sigma=sigma, cond=cond, velocity=velocity, why=why)
+
+
+def _velocity(student: StudentHandle, dtype: torch.dtype, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+    module = WanLiteStudent.from_wan(student.config, device="meta")
+    with student.open() as source:
+        module.load_state_dict({name: tensor.to(dtype).float() for name, tensor in source.tensors()}, assign=True)
+    return module.eval()(x, TIMESTEPS * sigma, cond.context)
 
 
 def verifier(recorded: Recorded) -> Callable[[Path], Verified]:

@@ -1,5 +1,6 @@
 """Create, save, load: what a student's nodes hand on, what the stock loader makes of it, and what they refuse."""
 import json
+import shutil
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_a_lora_becomes_part_of_the_student(comfyui, teacher, create, nodes, com
     x, sigma, cond = state()
     patched = lora(teacher, 0.7)
     handle, _ = create(patched, preset="same size")
-    (name,) = call(nodes.WanLiteSaveStudent, student=handle, name="with-lora", format="single file", dtype="fp32", overwrite=False)
+    name, _ = call(nodes.WanLiteSaveStudent, student=handle, name="with-lora", format="single file", dtype="fp32", overwrite=False)
     (stock,) = comfyui.nodes.UNETLoader().load_unet(name, "default")
     velocity = comfy_teacher(stock).velocity(x, sigma, cond)
     assert relative(velocity, comfy_teacher(patched).velocity(x, sigma, cond)) < 1e-4
@@ -68,7 +69,8 @@ def test_notes_on_the_teacher_reach_the_report(teacher, create):
 def test_a_saved_student_opens_in_stock_nodes_and_comes_back(layout, comfyui, teacher, create, nodes, comfy_teacher):
     handle, _ = create(teacher)
     name = f"saved {layout}"
-    (listed,) = call(nodes.WanLiteSaveStudent, student=handle, name=name, format=layout, dtype="bf16", overwrite=False)
+    listed, report = call(nodes.WanLiteSaveStudent, student=handle, name=name, format=layout, dtype="bf16", overwrite=False)
+    assert "verified" in report
     assert listed in comfyui.folder_paths.get_filename_list("diffusion_models")
     (stock,) = comfyui.nodes.UNETLoader().load_unet(listed, "default")
     back, loaded = call(nodes.WanLiteLoadStudent, name=listed)
@@ -87,6 +89,20 @@ def test_saving_says_verified_only_after_the_stock_loader_agreed(teacher, create
     handle, _ = create(teacher)
     report = pack("nodes.comfy_bridge.save").save(handle, "verified", layout="single file", dtype="fp16", overwrite=False)
     assert report.verified.difference < 1e-4 and "verified: ComfyUI's Load Diffusion Model" in report.sentence
+
+
+def test_without_memory_for_the_comparison_a_student_is_saved_and_called_not_verified(teacher, create, pack, monkeypatch):
+    import comfy.model_management as management
+    handle, _ = create(teacher)
+    record = pack("nodes.comfy_bridge.verify").record
+    needed = 4 * pack("nodes.comfy_bridge.memory").parameters(handle.config)
+    monkeypatch.setattr(management, "get_free_memory", lambda device: needed)              # too little by the tenth for the rest
+    assert record(handle, torch.bfloat16).velocity is None
+    report = pack("nodes.comfy_bridge.save").save(handle, "in little memory", layout="single file", dtype="bf16", overwrite=False)
+    assert report.file.exists() and report.verified.difference is None
+    assert "not verified: one forward of it in fp32" in report.sentence and "GiB are free" in report.sentence
+    monkeypatch.setattr(management, "get_free_memory", lambda device: 1.2 * needed)
+    assert record(handle, torch.bfloat16).velocity is not None
 
 
 def test_a_file_that_answers_differently_is_not_saved(comfyui, teacher, create, pack, refused, monkeypatch):
@@ -140,6 +156,7 @@ def test_a_diffusers_folder_is_a_teacher(comfyui, student, pack, comfy_teacher):
         expected = student(x, 1000 * sigma, cond.context)
     assert relative(comfy_teacher(model).velocity(x, sigma, cond), expected) < 1e-4
     assert "6 blocks of 128" in summary and "shift 8" in summary
+    assert "diffusers names" in summary and "WanLite Save Student" in summary         # the way out where a newer ComfyUI wants one file
 
 
 def bad_inputs():
@@ -188,6 +205,27 @@ def test_a_file_that_is_no_whole_wan_gets_a_sentence(what, words, comfyui, stude
         with refused(words):
             call(node, name="broken.safetensors")
     path.unlink()
+
+
+@pytest.mark.parametrize("written, words", [('{"_class_name": "WanModel", "num_layers": 7', "config.json cannot be read"), ("[]", "holds no fields"),
+                                            (None, "says num_layers=7, and its weights have 6"), ("index", "which is not there")])
+def test_a_folder_that_contradicts_itself_gets_a_sentence(written, words, comfyui, student, pack, refused):
+    """ComfyUI itself reads neither config.json nor the index."""
+    folder = student.save_pretrained(comfyui.base / "models/diffusion_models/contradicting").path
+    config = folder / "config.json"
+    node = pack("nodes.teacher").WanLiteLoadTeacher
+    _, summary = call(node, name="contradicting/")
+    assert "diffusers names" not in summary
+    if written == "index":
+        index = next(folder.glob("*.index.json"))
+        index.write_text(index.read_text(encoding="utf-8").replace("diffusion_model.safetensors", "other.safetensors"), encoding="utf-8")
+    else:
+        wrong = {name: 7 if name in ("num_layers", "depth") else value for name, value in json.loads(config.read_text(encoding="utf-8")).items()}
+        config.write_text(written or json.dumps(wrong), encoding="utf-8")
+    for one in (node, pack("nodes.student").WanLiteLoadStudent):
+        with refused(words):
+            call(one, name="contradicting/")
+    shutil.rmtree(folder)
 
 
 def test_a_quantised_file_is_a_teacher(comfyui, student, pack, comfy_teacher):
