@@ -61,10 +61,13 @@ def wiring(setting: dict[str, Any]) -> dict[str, tuple[str, int, dict[str, Any]]
         **setting["text"],
         "create": ("WanLiteCreateStudent", 1, {"model": ("teacher", 0), "prompts": ("prompts", 0), "latent": ("latent", 0), "cfg": setting["cfg"],
                                                "preset": "2/3 of the blocks"}),
+        "create_report": ("PreviewAny", 1, {"source": ("create", 1)}),
         "recipe": ("WanLiteRecipe", 1, setting["recipe"]),
         "distill": ("WanLiteDistill", 2, {"student": ("create", 0), "model": ("teacher", 0), "prompts": ("prompts", 0), "latent": ("latent", 0),
                                           "recipe": ("recipe", 0), "cfg": setting["cfg"], "run_name": setting["name"], **setting["job"]}),
-        "save": ("WanLiteSaveStudent", 2, {"student": ("distill", 0), "name": setting["name"], "overwrite": True}),
+        "distill_report": ("PreviewAny", 2, {"source": ("distill", 3)}),
+        "save": ("WanLiteSaveStudent", 2, {"student": ("distill", 0), "name": setting["name"], "overwrite": setting["overwrite"]}),
+        "save_report": ("PreviewAny", 2, {"source": ("save", 1)}),
         "loss": ("LossGraphNode", 2, {"loss": ("distill", 2), "filename_prefix": "wanlite/loss"}),
         "chart": ("SaveImage", 3, {"images": ("distill", 4), "filename_prefix": "wanlite/chart"}),
         "sample_student": ("KSampler", 3, {**sampler, "model": ("distill", 1)}),
@@ -72,6 +75,7 @@ def wiring(setting: dict[str, Any]) -> dict[str, tuple[str, int, dict[str, Any]]
         "clip_student": ("SaveAnimatedWEBP", 3, {"images": ("decode_student", 0), "filename_prefix": "wanlite/student", "fps": setting["fps"]}),
         "compare": ("WanLiteCompare", 4, {"teacher": ("teacher", 0), "student": ("distill", 1), "prompts": ("prompts", 0),
                                           "vae": ("vae", 0), "latent": ("latent", 0), **setting["compare"]}),
+        "metrics": ("PreviewAny", 4, {"source": ("compare", 1)}),
         "sheet": ("SaveAnimatedWEBP", 4, {"images": ("compare", 0), "filename_prefix": "wanlite/compare", "fps": setting["fps"]}),
     }
 
@@ -93,7 +97,7 @@ models/diffusion_models and opens with *Load Diffusion Model*; the workflow save
 
 _REAL_TEXT = {
     "clip": ("CLIPLoader", 0, {"clip_name": "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "type": "wan"}),
-    "prompts": ("WanLiteEncodePrompts", 1, {"clip": ("clip", 0), "prompts": REAL_PROMPTS, "save_as": "wanlite_example"}),
+    "prompts": ("WanLiteEncodePrompts", 1, {"clip": ("clip", 0), "prompts": REAL_PROMPTS}),
 }
 
 SETTINGS: dict[Path, dict[str, Any]] = {
@@ -102,12 +106,12 @@ SETTINGS: dict[Path, dict[str, Any]] = {
         "shift": domain.SHIFT, "cfg": domain.CFG, "steps": 20, "size": (domain.SIZE, domain.SIZE, domain.FRAMES), "fps": 8.0,
         "text": {"prompts": ("WanLiteEncodePrompts", 1, {"bank": f"input/{BANK}"})},
         "recipe": {"learning_rate": 1e-3, "batch_size": 16, "evaluations": 6},
-        "job": {"steps": 400}, "compare": {"teacher_cfg": domain.CFG, "clips": 4},
+        "job": {"steps": 400}, "overwrite": True, "compare": {"teacher_cfg": domain.CFG, "clips": 4},
     },
     REAL: {
         "note": _REAL_NOTE, "teacher": "wan2.1_t2v_1.3B_fp16.safetensors", "vae": "wan_2.1_vae.safetensors", "name": "wan2.1_1.3B_slim",
         "shift": 5.0, "cfg": 5.0, "steps": 20, "size": (832, 480, 17), "fps": 16.0, "text": _REAL_TEXT,
-        "recipe": {"learning_rate": 5e-5, "batch_size": 1}, "job": {"minutes": 90.0}, "compare": {"clips": 1},
+        "recipe": {"learning_rate": 5e-5, "batch_size": 1}, "job": {"minutes": 90.0}, "overwrite": False, "compare": {"clips": 1},
     },
 }
 
@@ -157,9 +161,10 @@ class _Graph:
 
     def _place(self, node: dict, column: int, shown: list, values: dict[str, Any]) -> None:
         many_lines = sum(130 for name, value in shown if len(value) > 1 and value[1].get("multiline"))
-        pictures = 300 if node["type"].startswith(("Save", "LossGraph")) else 0
+        shows = {"MarkdownNote": 180, "PreviewAny": 160}
+        pictures = 300 if node["type"].startswith(("Save", "LossGraph")) else shows.get(node["type"], 0)
         rows = max(len(node["inputs"]), len(node["outputs"])) + len(node["widgets_values"])
-        height = ROW * rows + MARGIN + many_lines + pictures + (180 if node["type"] == "MarkdownNote" else 0)
+        height = ROW * rows + MARGIN + many_lines + pictures
         top = self._bottoms.get(column, 0)
         node["pos"], node["size"] = [column * (COLUMN + GAP), top], [COLUMN, height]
         self._bottoms[column] = top + height + GAP + TITLE

@@ -1,9 +1,10 @@
 """Teacher and student side by side, from the same noise, with what they cost."""
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from .comfy_bridge import sampling
+from .report import told
 from .sockets import Prompts
 
 
@@ -15,7 +16,7 @@ class WanLiteCompare(io.ComfyNode):
                     io.Float.Input(f"{who}_cfg", default=cfg, min=1.0, max=100.0, step=0.1,
                                    tooltip=f"Guidance scale of the {who}{extra}. At 1 ComfyUI asks once a step instead of twice.")]
         return io.Schema(
-            node_id="WanLiteCompare", display_name="WanLite Compare", category="WanLite",
+            node_id="WanLiteCompare", display_name="WanLite Compare", category="WanLite", is_output_node=True,
             description="Samples the same prompts from the same noise with each MODEL, and measures: parameters, bytes, seconds a clip once "
                         "warm, and how close the clips are to the teacher's.",
             inputs=[
@@ -35,8 +36,9 @@ class WanLiteCompare(io.ComfyNode):
                              tooltip="Another number, other noise; the same for every MODEL."),
             ],
             outputs=[io.Image.Output(display_name="images", tooltip="Frames of all clips, one MODEL beside the other."),
-                     io.String.Output(display_name="metrics"), io.Float.Output(display_name="teacher_seconds", tooltip="A clip, warm."),
-                     io.Float.Output(display_name="student_seconds", tooltip="A clip, warm."),
+                     io.String.Output(display_name="metrics", tooltip="Size, speed and closeness of each MODEL, in words."),
+                     io.Float.Output(display_name="teacher_seconds", tooltip="The teacher's seconds a clip, warm, sampling alone."),
+                     io.Float.Output(display_name="student_seconds", tooltip="The student's seconds a clip, warm, sampling alone."),
                      io.Int.Output(display_name="student_bytes", tooltip="The student's weights as ComfyUI holds them.")],
             hidden=[io.Hidden.unique_id])
 
@@ -49,4 +51,4 @@ class WanLiteCompare(io.ComfyNode):
         result = compare(contenders, prompts=prompts, vae=vae, latent=latent, sampler=sampler, scheduler=scheduler, clips=clips,
                          noise_number=noise_number, node_id=cls.hidden.unique_id)
         first, second = result.measured[:2]
-        return io.NodeOutput(result.images, result.text, first.seconds, second.seconds, second.bytes, ui=ui.PreviewText(result.text))
+        return io.NodeOutput(result.images, result.text, first.seconds, second.seconds, second.bytes, ui=told("Compare", result.text))

@@ -1,9 +1,10 @@
 """The distillation itself: queue, cancel, queue again, and it goes on where it stopped."""
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from .comfy_bridge import folders
+from .report import told
 from .sockets import Prompts, Recipe, Student
 
 FOLDS_GUIDANCE = {"no-cfg": True, "keep-cfg": False}
@@ -13,14 +14,13 @@ class WanLiteDistill(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="WanLiteDistill", display_name="WanLite Distill", category="WanLite",
+            node_id="WanLiteDistill", display_name="WanLite Distill", category="WanLite", is_output_node=True,
             description="Teaches the student what the teacher answers. Cancel keeps everything done so far: queueing the same again goes on "
                         "where it stopped, and a finished run comes back from disk.",
             inputs=[
                 Student.Input("student", tooltip="What to train: from WanLite Create Student, or a saved one. It is not changed; the result "
                                                  "is new."),
-                io.Model.Input("model", tooltip="The teacher that the student was made from, or another WAN of the same latents. Its "
-                                                "ModelSamplingSD3 shift is the one the student is trained for."),
+                io.Model.Input("model", tooltip="The teacher it was made from. Its ModelSamplingSD3 shift is the one the student is trained for."),
                 Prompts.Input("prompts", tooltip="What the teacher is asked about. From 8 prompts on, whole prompts are held out of training "
                                                  "to measure the error on."),
                 io.Latent.Input("latent", tooltip="Size and number of frames to train at. An empty LATENT needs no data: the teacher makes it. "
@@ -36,7 +36,7 @@ class WanLiteDistill(io.ComfyNode):
                                        "its teacher."),
                 io.Float.Input("cfg", default=5.0, min=1.0, max=100.0, step=0.1,
                                tooltip="The teacher's guidance scale. 1 asks it without guidance."),
-                io.Float.Input("minutes", default=30.0, min=0.1, max=1e6, step=1.0,
+                io.Float.Input("minutes", default=30.0, min=0.1, max=1e6, step=0.1,
                                tooltip="Length of the whole job in minutes, of which up to 40% go into asking the teacher. Counts when steps "
                                        "is 0."),
                 io.Int.Input("steps", default=0, min=0, max=10_000_000,
@@ -47,10 +47,11 @@ class WanLiteDistill(io.ComfyNode):
                 io.Int.Input("train_seed", default=0, min=0, max=2**31 - 1,
                              tooltip="Decides noise and order of the training. The same seed is the same run."),
             ],
-            outputs=[Student.Output(display_name="student"),
+            outputs=[Student.Output(display_name="student", tooltip="The trained student, for WanLite Save Student."),
                      io.Model.Output(display_name="model", tooltip="Ready for a stock KSampler: its shift is set."),
                      io.LossMap.Output(display_name="loss_map", tooltip="For the stock Plot Loss Graph."),
-                     io.String.Output(display_name="report"), io.Image.Output(display_name="chart")],
+                     io.String.Output(display_name="report", tooltip="What was reached, on held-out states, in words."),
+                     io.Image.Output(display_name="chart", tooltip="Loss, held-out error and the plain cut's error as a picture.")],
             hidden=[io.Hidden.unique_id])
 
     @classmethod
@@ -58,7 +59,7 @@ class WanLiteDistill(io.ComfyNode):
         from ..wanlite_model.errors import WanLiteError
         from ..wanlite_model.formats.place import check_name
         try:
-            return run_name is None or bool(check_name(run_name))
+            return run_name is None or bool(check_name(run_name, "a run"))
         except WanLiteError as error:
             return str(error)
 
@@ -71,7 +72,7 @@ class WanLiteDistill(io.ComfyNode):
         training = Training.of(student=student, model=model, prompts=prompts, latent=latent, sigmas=sigmas, recipe=recipe, vae=vae, cfg=cfg,
                                minutes=minutes, steps=steps, train_seed=train_seed, fold_guidance=FOLDS_GUIDANCE[preset])
         finished = training.run(folders.output_folder("runs") / run_name, folders.output_folder("cache"), cls.hidden.unique_id)
-        report = "\n".join((finished.report, *training.teacher.notes))
+        report = "\n".join((finished.report, *training.notes))
         trained = open_model(finished.handle.file, finished.handle.card.shift)
         chart = picture(finished.losses, finished.evaluations, finished.plain_cut)
-        return io.NodeOutput(finished.handle, trained, loss_map(finished.losses), report, chart, ui=ui.PreviewText(report))
+        return io.NodeOutput(finished.handle, trained, loss_map(finished.losses), report, chart, ui=told("Distill", report))

@@ -1,9 +1,10 @@
 """Prompts, encoded once. Afterwards the text encoder need not be in memory, or be there at all."""
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from .comfy_bridge import folders
+from .report import told
 from .sockets import Prompts
 
 NOT_LINKED = object()
@@ -13,7 +14,7 @@ class WanLiteEncodePrompts(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="WanLiteEncodePrompts", display_name="WanLite Encode Prompts", category="WanLite",
+            node_id="WanLiteEncodePrompts", display_name="WanLite Encode Prompts", category="WanLite", is_output_node=True,
             description="Encodes the prompts that a student is distilled on. Prompts that are in the chosen bank are not encoded again; "
                         "when all of them are, the text encoder is not even loaded.",
             inputs=[
@@ -34,16 +35,20 @@ class WanLiteEncodePrompts(io.ComfyNode):
                 io.Int.Input("preview", default=1, min=1, max=1_000_000,
                              tooltip="Which prompt, counted from 1, goes to the positive output, for a sampler beside the distillation."),
             ],
-            outputs=[Prompts.Output(display_name="prompts"), io.Conditioning.Output(display_name="positive"),
-                     io.Conditioning.Output(display_name="negative")],
+            outputs=[Prompts.Output(display_name="prompts", tooltip="All prompts and the negative one, encoded, for the other WanLite nodes."),
+                     io.Conditioning.Output(display_name="positive", tooltip="The prompt that preview names, for a stock sampler."),
+                     io.Conditioning.Output(display_name="negative", tooltip="The negative prompt, for a stock sampler.")],
             hidden=[io.Hidden.unique_id])
 
     @classmethod
-    def validate_inputs(cls, save_as: str | None = None) -> bool | str:
+    def validate_inputs(cls, save_as: str | None = None, bank: str | None = None, prompt_file: str | None = None) -> bool | str:
         from ..wanlite_model.errors import WanLiteError
         from ..wanlite_model.formats.place import check_name
+        for name, path in ((bank, folders.bank_path), (prompt_file, folders.prompt_file)):       # not every ComfyUI checks a list's choice
+            if name not in (None, folders.NONE) and not path(name).is_file():
+                return f"{name} is not there any more. Press R to refresh the list, and choose again."
         try:
-            return not save_as or bool(check_name(save_as))
+            return not save_as or bool(check_name(save_as, "a bank"))
         except WanLiteError as error:
             return str(error)
 
@@ -67,9 +72,9 @@ class WanLiteEncodePrompts(io.ComfyNode):
         from .comfy_bridge.runtime import Bar, drive
         from .comfy_bridge.text import Wanted, conditioning, save_bank
         wanted = Wanted.of(prompts, prompt_file, negative, bank)
-        wanted.check(clip, preview)
+        wanted.check(clip, preview, save_as)
         bar = Bar(cls.hidden.unique_id)
         encoded = drive(wanted.encode(clip), lambda done: bar.show("encoding prompts", done, len(wanted.missing)))
         saved = save_bank(encoded, save_as) if save_as else ""
-        told = f"{len(encoded)} prompts, {len(wanted.missing)} texts encoded now, {len(wanted.known)} known from the bank.{saved}"
-        return io.NodeOutput(encoded, conditioning(encoded.contexts[preview - 1]), conditioning(encoded.negative), ui=ui.PreviewText(told))
+        report = f"{len(encoded)} prompts, {len(wanted.missing)} texts encoded now, {len(wanted.known)} known from the bank.{saved}"
+        return io.NodeOutput(encoded, conditioning(encoded.contexts[preview - 1]), conditioning(encoded.negative), ui=told("Encode Prompts", report))

@@ -1,9 +1,10 @@
 """Students: made from a teacher, saved so that every WAN reader opens them, and found again."""
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from .comfy_bridge import folders
+from .report import told
 from .sockets import Prompts, Student
 
 CUSTOM = "custom"
@@ -15,7 +16,7 @@ class WanLiteCreateStudent(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="WanLiteCreateStudent", display_name="WanLite Create Student", category="WanLite",
+            node_id="WanLiteCreateStudent", display_name="WanLite Create Student", category="WanLite", is_output_node=True,
             description="Cuts a smaller WAN out of the teacher: keeps the blocks and FFN neurons that matter most for these prompts and refits "
                         "what is left. The start is kept under output/wanlite/starts; asking for the same again takes no time.",
             inputs=[
@@ -40,7 +41,8 @@ class WanLiteCreateStudent(io.ComfyNode):
                 io.Int.Input("probe_seed", default=0, min=0, max=2**31 - 1,
                              tooltip="Noise of the states that blocks are judged on. Another number may choose other blocks."),
             ],
-            outputs=[Student.Output(display_name="student"), io.String.Output(display_name="report")],
+            outputs=[Student.Output(display_name="student", tooltip="The untrained start, for WanLite Distill or WanLite Save Student."),
+                     io.String.Output(display_name="report", tooltip="What was kept, and how far from the teacher it is before training.")],
             hidden=[io.Hidden.unique_id])
 
     @classmethod
@@ -71,7 +73,7 @@ class WanLiteCreateStudent(io.ComfyNode):
                            folder=folders.output_folder("starts")),
             lambda event: bar.show(event.stage, event.done, event.total))
         report = "\n".join((report, *teacher.notes))
-        return io.NodeOutput(student, report, ui=ui.PreviewText(report))
+        return io.NodeOutput(student, report, ui=told("Create Student", report))
 
 
 class WanLiteSaveStudent(io.ComfyNode):
@@ -93,7 +95,8 @@ class WanLiteSaveStudent(io.ComfyNode):
                 io.Boolean.Input("overwrite", default=False,
                                  tooltip="Replace a student of this name. What WanLite did not write is never replaced."),
             ],
-            outputs=[io.String.Output(display_name="file_name", tooltip="As Load Diffusion Model lists it.")])
+            outputs=[io.String.Output(display_name="file_name", tooltip="As Load Diffusion Model lists it."),
+                     io.String.Output(display_name="report", tooltip="What was saved, and whether ComfyUI's own loader agreed.")])
 
     @classmethod
     def validate_inputs(cls, name: str | None = None) -> bool | str:
@@ -108,7 +111,7 @@ class WanLiteSaveStudent(io.ComfyNode):
     def execute(cls, student: Any, name: str, format: str, dtype: str, overwrite: bool) -> io.NodeOutput:
         from .comfy_bridge.save import save
         report = save(student, name, layout=format, dtype=dtype, overwrite=overwrite)
-        return io.NodeOutput(folders.stock_name(report.file), ui=ui.PreviewText(report.sentence))
+        return io.NodeOutput(folders.stock_name(report.file), report.sentence, ui=told("Save Student", report.sentence))
 
 
 class WanLiteLoadStudent(io.ComfyNode):
@@ -119,7 +122,8 @@ class WanLiteLoadStudent(io.ComfyNode):
             description="A saved student, to sample it or to go on distilling it. Any other WAN file is taken as a student that keeps all blocks.",
             inputs=[io.Combo.Input("name", options=folders.model_names(),
                                    tooltip="A file or folder below models/diffusion_models. A student's recommended shift is set on its MODEL.")],
-            outputs=[Student.Output(display_name="student"), io.Model.Output(display_name="model")])
+            outputs=[Student.Output(display_name="student", tooltip="For WanLite Distill, or to be saved in another format."),
+                     io.Model.Output(display_name="model", tooltip="Ready for a stock KSampler: its shift is set.")])
 
     @classmethod
     def fingerprint_inputs(cls, name: str) -> str:

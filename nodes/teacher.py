@@ -1,7 +1,8 @@
 """The teacher from disk. A MODEL of any stock loader is as good."""
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from .comfy_bridge import folders
+from .report import told
 
 
 class WanLiteLoadTeacher(io.ComfyNode):
@@ -14,7 +15,8 @@ class WanLiteLoadTeacher(io.ComfyNode):
             inputs=[io.Combo.Input("name", options=folders.model_names(),
                                    tooltip="A file below models/diffusion_models, or a folder there that has a config.json (names that end "
                                            "with a slash).")],
-            outputs=[io.Model.Output(display_name="model"), io.String.Output(display_name="summary")])
+            outputs=[io.Model.Output(display_name="model", tooltip="As Load Diffusion Model would hand it out."),
+                     io.String.Output(display_name="summary", tooltip="Architecture, size, dtype and shift in words.")])
 
     @classmethod
     def fingerprint_inputs(cls, name: str) -> str:
@@ -22,9 +24,10 @@ class WanLiteLoadTeacher(io.ComfyNode):
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
-        from .comfy_bridge.load import open_model
+        from .comfy_bridge.load import open_model, reload_note
         from .comfy_bridge.teacher import ComfyTeacher
-        model = open_model(folders.found(name))
+        path = folders.found(name)
+        model = open_model(path)
         teacher = ComfyTeacher(model)
-        summary = "\n".join((f"{name}: {teacher.describe()}", *teacher.notes))
-        return io.NodeOutput(model, summary, ui=ui.PreviewText(summary))
+        summary = "\n".join((f"{name}: {teacher.describe()}", *reload_note(path), *teacher.notes))
+        return io.NodeOutput(model, summary, ui=told("Load Teacher", summary))

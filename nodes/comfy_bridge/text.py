@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,13 +39,18 @@ class Wanted:
         """The texts that have to be encoded."""
         return tuple(dict.fromkeys(text for text in (*self.prompts, self.negative) if text not in self.known))
 
-    def check(self, clip: Any, preview: int) -> None:
-        """Raises WanLiteError when a text has to be encoded and nothing is there to do it, or when there is no prompt `preview`."""
+    def check(self, clip: Any, preview: int, save_as: str) -> None:
+        """Raises WanLiteError when a text has to be encoded and nothing is there to do it, when there is no prompt `preview`, or when
+        another bank has the name `save_as`.
+        """
         if self.missing and clip is None:
             raise WanLiteError(f"{len(self.missing)} texts are in no bank (first: {self.missing[0][:60]!r}) and no CLIP is connected.", "",
                                "Connect WAN's text encoder, or choose a bank that holds these prompts and this negative prompt.")
         if preview > len(self.prompts):
             raise WanLiteError(f"preview is {preview} and there are {len(self.prompts)} prompts.", "", f"Set it between 1 and {len(self.prompts)}.")
+        path = _bank_path(save_as) if save_as else None
+        if path is not None and path.exists() and (self.missing or not _same(PromptBank.load(path), self._bank(self.known))):
+            raise _taken(path)
 
     def encode(self, clip: Any) -> Generator[int, None, PromptBank]:
         """Yields how many texts are encoded, after each. Raises WanLiteError when the encoder is not WAN's."""
@@ -54,6 +60,9 @@ class Wanted:
                 encoded = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0]          # [1, 512, 4096]
             contexts[text] = trim(encoded.float().cpu().clone())
             yield done
+        return self._bank(contexts)
+
+    def _bank(self, contexts: Mapping[str, Tensor]) -> PromptBank:
         return PromptBank(prompts=self.prompts, contexts=tuple(contexts[text] for text in self.prompts), negative_text=self.negative,
                           negative=contexts[self.negative])
 
@@ -66,14 +75,26 @@ def conditioning(context: Tensor) -> list:
 
 def save_bank(bank: PromptBank, name: str) -> str:
     """Saves it under output/wanlite/prompts and says so. Raises WanLiteError when the name is taken by another bank, or is no name."""
-    path = folders.output_folder("prompts") / f"{check_name(name)}.safetensors"
+    path = _bank_path(name)
     if path.exists():
-        there = PromptBank.load(path)
-        if (there.prompts, there.negative_text, there.fingerprint) == (bank.prompts, bank.negative_text, bank.fingerprint):
+        if _same(PromptBank.load(path), bank):
             return f" Already saved as {path.name}."
-        raise WanLiteError(f"A bank named {name} is already there and holds other prompts.", "Nothing was overwritten.", "Type another name.")
+        raise _taken(path)
     bank.save(path)
     return f" Saved as {path.name}."
+
+
+def _bank_path(name: str) -> Path:
+    return folders.output_folder("prompts") / f"{check_name(name, 'a bank')}.safetensors"
+
+
+def _same(one: PromptBank, other: PromptBank) -> bool:
+    return (one.prompts, one.negative_text, one.fingerprint) == (other.prompts, other.negative_text, other.fingerprint)
+
+
+def _taken(path: Path) -> WanLiteError:
+    return WanLiteError(f"A bank named {path.stem} is already there.", "Nothing was encoded or overwritten.",
+                        f"Choose {path.name} as the bank to use what it holds, and leave save_as empty or type another name.")
 
 
 def _read(name: str) -> str:

@@ -1,7 +1,6 @@
 """A distillation job from what a node was given, and its run with progress, samples and Cancel."""
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ...wanlite_model.compress.handle import StudentHandle
+from ...wanlite_model.config import WanConfig
 from ...wanlite_model.distill.data import check_latents, latents_fingerprint
 from ...wanlite_model.distill.events import Eval, Event, Finished, Sample, Stage, Step
 from ...wanlite_model.distill.job import DistillJob, Recipe
 from ...wanlite_model.distill.trainer import run
 from ...wanlite_model.errors import WanLiteError
-from ...wanlite_model.formats.keymap import wan_shapes
 from ...wanlite_model.formats.place import check_name
 from ...wanlite_model.prompts import PromptBank
 from . import memory
@@ -44,9 +43,8 @@ class Training:
            vae: Any, **settings: Any) -> Training:
         """settings: of DistillJob. Raises WanLiteError when the parts do not belong together."""
         teacher = ComfyTeacher(model)
-        ours, its = student.config, teacher.config
-        if (ours.in_dim, ours.out_dim) != (its.in_dim, its.out_dim):
-            raise WanLiteError(f"The student has {ours.in_dim} latent channels and the teacher {its.in_dim}.", "", "Connect a teacher of its kind.")
+        its = teacher.config
+        _check_kin(student.config, its)
         shape, latents = shape_of(latent, its.in_dim), training_latents(latent, model, its.in_dim)
         check_latents(latents, prompts)
         job = DistillJob(student=student.fingerprint, teacher=teacher.fingerprint, prompts=prompts.fingerprint, shape=shape,
@@ -54,9 +52,17 @@ class Training:
                          sigmas=None if sigmas is None else tuple(float(sigma) for sigma in sigmas), **settings)
         return cls(job=job, teacher=teacher, model=model, student=student, prompts=prompts, latents=latents, vae=vae)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the report says beside the engine's: what was left out of the teacher, and a guidance scale that the student was not made for."""
+        card = self.student.card
+        meant = self.job.cfg if card is None else card.recipe.get("cfg", card.cfg)      # a card's own cfg is 1 where guidance is folded in
+        told = f"The student was made for a teacher at cfg {meant:g}; this run asked its teacher at cfg {self.job.cfg:g}."
+        return (*self.teacher.notes, *([told] if meant != self.job.cfg else []))
+
     def run(self, folder: Path, cache: Path, node_id: str | None) -> Finished:
         """Runs to the end, or goes on with what the folder holds. Raises WanLiteError, or ComfyUI's own exception on Cancel."""
-        check_name(folder.name)
+        check_name(folder.name, "a run")
         bar, ended = Bar(node_id), []
 
         def show(event: Event) -> None:
@@ -81,8 +87,7 @@ class Training:
         return ended[0]
 
     def _bytes(self) -> int:
-        parameters = sum(math.prod(shape) for shape in wan_shapes(self.student.config).values())
-        return BYTES_A_PARAMETER * parameters + ACTIVATIONS
+        return BYTES_A_PARAMETER * memory.parameters(self.student.config) + ACTIVATIONS
 
     def _frame(self, latents: Tensor) -> Tensor:
         """The middle frame [H, W, 3] of a sample [1, C, T, H, W] in processed space."""
@@ -90,3 +95,19 @@ class Training:
             decoded = self.vae.decode(self.model.get_model_object("latent_format").process_out(latents))
         frames = decoded.reshape(-1, *decoded.shape[-3:])                                       # [frames, H, W, 3]
         return frames[len(frames) // 2]
+
+
+def _check_kin(student: WanConfig, teacher: WanConfig) -> None:
+    """Raises WanLiteError unless the student can have been cut out of such a teacher: what it is compared with is cut out so."""
+    told = ""
+    if (student.in_dim, student.out_dim) != (teacher.in_dim, teacher.out_dim):
+        told = f"The student has {student.in_dim} latent channels and the teacher {teacher.in_dim}."
+    elif student.dim != teacher.dim:
+        told = f"The student is {student.dim} wide and the teacher {teacher.dim}."
+    elif student.num_layers > teacher.num_layers:
+        told = f"The student has {student.num_layers} blocks and the teacher {teacher.num_layers}."
+    elif student.ffn_dim > teacher.ffn_dim:
+        told = f"The student has {student.ffn_dim} FFN neurons in a block and the teacher {teacher.ffn_dim}."
+    if told:
+        raise WanLiteError(told, "For now a student learns from the WAN it was made from, or one of its shape.",
+                           "Connect that teacher, or make a student from this one with WanLite Create Student.")

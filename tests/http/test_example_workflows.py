@@ -5,7 +5,7 @@ import pytest
 
 from demo.comfy_server import ServerError
 from demo.graph import to_api
-from demo.workflows import FOLDER, REAL, SETTINGS, TINY, build
+from demo.workflows import BANK, FOLDER, REAL, SETTINGS, TINY, build
 from wanlite_model.files import read_json
 
 
@@ -26,4 +26,4 @@ def test_the_server_misses_nothing_but_model_files(path, server):
     with pytest.raises(ServerError) as refused:
         server.queue(prompt)
     complaints = str(refused.value).splitlines()[1:]
-    assert complaints and all(any(name in line for name in ("unet_name", "vae_name", "clip_name", "bank:")) for line in complaints), complaints
+    assert complaints and all(any(name in line for name in ("unet_name", "vae_name", "clip_name", f"input/{BANK} is not there")) for line in complaints), complaints

@@ -99,12 +99,15 @@ def test_cancel_and_queue_again_continues_at_the_step_where_it_stopped(server, f
     assert any(kind == "execution_interrupted" for kind, _ in entry["status"]["messages"])
     done = rows(files, "cancelled")
     assert done == list(range(1, len(done) + 1)) and 5 <= len(done) < 400
-    second = server.queue(prompt)
+    second, shown = server.queue(prompt), []
     for event in server.events(second):
-        if event["type"] == "progress" and event["data"]["max"] == 400 and event["data"]["value"] > len(done) + 3:
-            server.interrupt()
-            break
+        if event["type"] == "progress" and event["data"]["max"] == 400:
+            shown.append(event["data"]["value"])
+            if shown[-1] > len(done) + 3:
+                server.interrupt()
+                break
     server.wait(second)
+    assert shown[0] == len(done) + 1
     again = rows(files, "cancelled")
     assert again == list(range(1, len(again) + 1)) and len(again) > len(done)
 
@@ -123,12 +126,25 @@ def test_a_bank_spares_the_text_encoder_and_a_new_prompt_asks_for_it(server, fil
 
 
 def test_what_widgets_decide_is_refused_before_the_queue(server, files):
-    for node, changed, words in (("distil", {"run_name": "../up"}, "cannot be"), ("create", {"depth": 3}, "custom")):
+    """ComfyUI drops the node and what follows it, says why, and still runs what can run: nodes that are outputs themselves."""
+    for node, changed, words in (("prompts", {"save_as": "../up"}, "a bank's name"), ("create", {"depth": 3}, "or choose 'custom'"),
+                                 ("distil", {"run_name": "../up"}, "a run's name")):
         prompt = graph("refused", 2)
         prompt[node]["inputs"].update(changed)
-        with pytest.raises(ServerError, match=words):
-            server.queue(prompt)
+        try:
+            outputs = server.run(prompt)
+        except ServerError as error:
+            assert node == "prompts" and words in str(error)
+        else:
+            assert words in server.log(200) and not {node, "distil", "report"} & set(outputs)
     assert not (files / "output/wanlite/runs/refused").exists()
+
+
+def test_each_long_node_can_be_queued_alone(server, files):
+    whole = graph("alone", 2)
+    for last in ("prompts", "create", "distil"):
+        needed = list(whole)[:list(whole).index(last) + 1]
+        assert server.run({name: whole[name] for name in needed})[last]["text"]
 
 
 def test_a_link_that_does_not_fit_fails_the_node_with_a_sentence(server, files):

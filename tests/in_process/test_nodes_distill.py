@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from helpers_bridge import call, empty_latent, tree
-from helpers_tiny import random_bank
-from safetensors.torch import load_file
+from helpers_tiny import random_bank, random_wan
+from safetensors.torch import load_file, save_file
 
 BANK = random_bank(2)
 LATENT = empty_latent(32, 32, 5)                        # [1, 16, 2, 4, 4]
@@ -82,7 +82,16 @@ def test_a_cancelled_run_goes_on_and_lands_on_the_same_weights(comfyui, distil, 
         patched.setattr(runtime.Bar, "show", cancel_at_three)
         distil("cancelled")
     assert rows(comfyui, "cancelled") == [1, 2, 3] and not management.processing_interrupted()
-    resumed, *_ = distil("cancelled")
+    trained_steps = []
+
+    def note(bar, stage, done, total):
+        trained_steps.extend([done] if stage == "training" else [])
+        shown(bar, stage, done, total)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runtime.Bar, "show", note)
+        resumed, *_ = distil("cancelled")
+    assert trained_steps == [4, 5, 6]                                                     # the three that were done are not done again
     assert rows(comfyui, "cancelled") == [1, 2, 3, 4, 5, 6]
     assert straight.fingerprint == resumed.fingerprint
     one, other = trained(comfyui, "straight"), trained(comfyui, "cancelled")
@@ -133,6 +142,26 @@ def test_sigmas_set_the_teachers_path_and_the_students_steps(distil):
     assert distil("sigmas", steps=2, sigmas=torch.tensor([1.0, 0.8, 0.4, 0.0]))[0].card.steps == 3
 
 
+def test_another_guidance_scale_than_the_students_is_told_in_the_report(distil, pack):
+    asked = "was made for a teacher at cfg 5; this run asked its teacher at cfg 3"
+    student, _, _, report, _ = distil("other-cfg", steps=1)                               # the start was made at Create Student's default, 5
+    assert asked in report
+    again = distil("same-cfg", steps=1, student=student)[3]                               # its card says cfg 1: guidance is folded in
+    assert "was made for a teacher at cfg" not in again
+
+
+@pytest.mark.parametrize("shape, words", [({"hidden_size": 256, "depth": 2, "ffn_dim": 128}, "256 wide and the teacher 128"),
+                                          ({"depth": 7, "ffn_dim": 128}, "7 blocks and the teacher 6"),
+                                          ({"depth": 2, "ffn_dim": 160}, "160 FFN neurons in a block and the teacher 128")])
+def test_a_student_of_another_architecture_is_refused_at_once(shape, words, comfyui, distil, pack, refused):
+    path = comfyui.base / "models/diffusion_models/stranger.safetensors"
+    save_file(dict(random_wan(**shape).state_dict()), path)
+    with refused(words):
+        distil("stranger", student=pack("wanlite_model.compress.handle").StudentHandle.of(path))
+    assert not (comfyui.base / "output/wanlite/runs/stranger").exists()
+    path.unlink()
+
+
 def bad_links():
     return {
         "a latent of another model": ({"latent": empty_latent(channels=4)}, "4 channels"),
@@ -155,7 +184,7 @@ def test_wrong_links_get_a_sentence_and_leave_no_run_behind(what, comfyui, disti
 def test_hostile_run_names_are_refused_before_the_queue(pack):
     check = pack("nodes.distill").WanLiteDistill.validate_inputs
     assert check(run_name="cats 4") is True
-    assert all("cannot be" in check(run_name=name) for name in ("..", "a/b", "a\\b", "", "aux"))
+    assert all("cannot be a run's name" in check(run_name=name) for name in ("..", "a/b", "a\\b", "", "aux"))
 
 
 def test_the_recipe_node_shows_the_engines_own_defaults(pack):

@@ -87,10 +87,11 @@ def test_a_saved_bank_is_offered_and_never_replaced_by_another(comfyui, node, pa
     call(node, clip=TextEncoder(), prompts="one\ntwo", save_as="mine")
     assert "mine.safetensors" in pack("nodes.comfy_bridge.folders").bank_names()
     call(node, bank="mine.safetensors", save_as="mine")                                  # the same again is no change
-    before = tree(comfyui.base)
-    with refused("mine is already there"):
-        call(node, clip=TextEncoder(), prompts="three", save_as="mine")
-    assert tree(comfyui.base) == before
+    before, clip = tree(comfyui.base), TextEncoder()
+    for given in ({"clip": clip, "prompts": "three"}, {"bank": "mine.safetensors", "prompts": "two"}):
+        with refused("mine is already there"):
+            call(node, **given, save_as="mine")
+    assert clip.asked == [] and tree(comfyui.base) == before                              # before minutes of encoding
     again, *_ = call(node, bank="mine.safetensors")
     assert again.prompts == ("one", "two")
 
@@ -102,7 +103,7 @@ def bad_inputs():
         "another text encoder": ({"prompts": "one", "clip": TextEncoder(768), "save_as": "wide"}, "4096"),
         "a preview that is not there": ({"prompts": "one", "clip": TextEncoder(), "preview": 2}, "preview is 2"),
         "a bank that is gone": ({"bank": "gone.safetensors"}, "not a WanLite prompt bank"),
-        "a hostile name": ({"prompts": "one", "clip": TextEncoder(), "save_as": "../up"}, "cannot be a student's name|cannot be a"),
+        "a hostile name": ({"prompts": "one", "clip": TextEncoder(), "save_as": "../up"}, "cannot be a bank's name"),
     }
 
 
@@ -115,7 +116,13 @@ def test_wrong_inputs_get_a_sentence_and_change_nothing(what, comfyui, node, ref
     assert tree(comfyui.base) == before
 
 
+def test_files_that_are_gone_are_refused_before_the_queue(comfyui, node, bank_file):
+    assert node.validate_inputs(bank=bank_file, prompt_file="none", save_as="") is True
+    assert "gone.safetensors is not there" in node.validate_inputs(bank="gone.safetensors", prompt_file="none")
+    assert "gone.txt is not there" in node.validate_inputs(bank="none", prompt_file="gone.txt")
+
+
 def test_a_hostile_name_is_refused_before_the_queue(node):
     assert node.validate_inputs(save_as="fine") is True
     for name in ("../up", "a/b", "a\\b", "CON", "dot."):
-        assert "cannot be" in node.validate_inputs(save_as=name)
+        assert "cannot be a bank's name" in node.validate_inputs(save_as=name)
