@@ -22,7 +22,7 @@ from .latents import shape_of, training_latents
 from .runtime import Bar, drive, log
 from .teacher import ComfyTeacher
 
-BYTES_A_PARAMETER = 20          # fp32: weights, gradients, AdamW's two moments, the average
+BYTES_A_PARAMETER = 24          # fp32: weights, gradients, AdamW's two moments and its temporary, the average
 ACTIVATIONS = 2 * 2**30
 LOADING = "loading the student"
 

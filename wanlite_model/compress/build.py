@@ -95,7 +95,7 @@ def create_student(teacher: Teacher, prompts: PromptBank | None, shape: tuple[in
         return found
     probe = None
     if measures:
-        probe = yield from make_probe(teacher, prompts, shape, seed=seed, count=_states(teacher.config, shape) + HELD_OUT, cfg=cfg)
+        probe = yield from make_probe(teacher, prompts, shape, seed=seed, count=_states(teacher.config, request, shape) + HELD_OUT, cfg=cfg)
     plan, removals, cuts = yield from _choose(teacher, request, None if probe is None else probe[:-HELD_OUT])
     measured = Measured(removals=removals)
     if probe is not None:
@@ -123,8 +123,10 @@ def _check_prompts(request: Request, teacher: WanConfig, prompts: PromptBank | N
                            f"Connect prompts, or keep ffn_dim at {teacher.ffn_dim}.")
 
 
-def _states(teacher: WanConfig, shape: tuple[int, int, int, int]) -> int:
-    """States to choose and refit by: enough tokens for the FFN's neurons, within bounds."""
+def _states(teacher: WanConfig, request: Request, shape: tuple[int, int, int, int]) -> int:
+    """States to choose and refit by: a few for whole blocks, enough tokens for the FFN's neurons where it is cut, within bounds."""
+    if request.ffn_dim == teacher.ffn_dim:
+        return DEPTH_STATES
     return min(MOST_STATES, max(LEAST_STATES, -(-TOKENS_PER_NEURON * teacher.ffn_dim // tokens(shape))))
 
 

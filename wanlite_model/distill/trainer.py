@@ -109,7 +109,7 @@ class Run:
                 raise WanLiteError(f"The job was made for {name} {getattr(self.job, name)} and was given {fingerprint}.", "",
                                    "Build the job from the parts it is run with.")
         ours, its = self.handle.config, self.teacher.config
-        if ours.dim != its.dim or ours.num_layers > its.num_layers or ours.ffn_dim > its.ffn_dim:
+        if ours.dim != its.dim or max(self.handle.plan.keep) >= its.num_layers or ours.ffn_dim > its.ffn_dim:
             raise WanLiteError(f"The student has {ours.num_layers} blocks of {ours.dim} with FFN {ours.ffn_dim}, the teacher "
                                f"{its.num_layers} of {its.dim} with FFN {its.ffn_dim}.", "A student is cut from its teacher.",
                                "Connect the teacher that this student was made from.")
