@@ -79,7 +79,7 @@ def put_in_place(moves: Sequence[tuple[Path, Path]], destination: Path) -> None:
             if os.path.lexists(target):
                 steps.insert(0, (target, new.with_name(new.name + OLD)))
             for source, goal in steps:
-                _rename(source, goal)
+                rename(source, goal)
                 done.append((source, goal))
     except BaseException as error:
         _undo(done)
@@ -118,8 +118,8 @@ def _sweep(home: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _rename(source: Path, goal: Path) -> None:
-    """Tries for a second: on Windows a reader that is just being closed, or a virus scanner, holds a new file for a moment."""
+def rename(source: Path, goal: Path) -> None:
+    """os.rename that tries for a second: on Windows a reader that is just being closed, or a virus scanner, holds a new file for a moment."""
     for attempt in range(4):
         try:
             return os.rename(source, goal)
