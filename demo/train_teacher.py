@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 class Recipe:
     """What decides the teacher's weights."""
 
-    steps: int = 3000
+    steps: int = 2750
     batch: int = 32
     clips_per_prompt: int = 16
     muon_lr: float = 4e-3           # the matrices
