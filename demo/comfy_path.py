@@ -28,6 +28,23 @@ def put_comfyui_first(comfyui: Path) -> None:
     sys.path[:] = [str(comfyui), str(ROOT), *rest]
 
 
+def open_comfyui() -> None:
+    """Makes `import comfy` work, on the CPU: the ComfyUI that put_comfyui_first() was told, else the one that run.py finds.
+
+    Raises:
+        run.SetupError: run.py finds none, or COMFYUI_PATH names none.
+    """
+    if importlib.util.find_spec("comfy") is None:
+        import run
+        folder = run.find_comfyui()
+        if folder is None:
+            raise run.SetupError("No ComfyUI is set up. Run `python run.py env`, which installs one, "
+                                 "or set COMFYUI_PATH to the folder that holds ComfyUI's main.py.")
+        put_comfyui_first(folder)
+    import comfy.cli_args       # before comfy.model_management, which chooses the device when it is imported
+    comfy.cli_args.args.cpu = True
+
+
 def import_pack(folder: Path = ROOT) -> ModuleType:
     """The pack as ComfyUI imports it: by its path, under a name made from that path, so that only relative imports work inside."""
     name = str(folder).replace(".", "_x_")

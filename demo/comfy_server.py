@@ -231,12 +231,6 @@ def _refusal(error: urllib.error.HTTPError) -> str:
     return "\n".join(reasons)
 
 
-def device_arguments() -> tuple[str, ...]:
-    """What main.py has to be told on this machine: without a CUDA device it needs --cpu."""
-    import torch
-    return () if torch.cuda.is_available() else ("--cpu",)
-
-
 @contextlib.contextmanager
 def running_comfyui(comfyui: Path, base: Path, arguments: tuple[str, ...] = ()) -> Iterator[ComfyServer]:
     """A server with the pack installed, up, for the length of a with block. `arguments` go to ComfyUI's main.py."""
