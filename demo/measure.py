@@ -94,7 +94,7 @@ def measure_stock(model, vae: Vae, steps: int, cfg: float, count: int = 32) -> l
     """The first pairs through ComfyUI's own model loader, sampler and VAE, and through ours."""
     prompts, noise = zip(*pairs(count), strict=True)
     ours = sample(model, prompts, torch.stack(noise), steps, cfg)
-    stock = _sample_stock(prompts, noise, steps, cfg)
+    stock = sample_stock(prompts, noise, steps, cfg)
     difference = (stock - ours).norm() / ours.norm()
     open_comfyui()
     import comfy.latent_formats
@@ -106,7 +106,7 @@ def measure_stock(model, vae: Vae, steps: int, cfg: float, count: int = 32) -> l
             f"ours,  {steps} steps, cfg {cfg:g}: {summary(verdicts(vae.decode(ours).numpy(), prompts))}; latents differ by {difference:.1e}"]
 
 
-def _sample_stock(prompts: Sequence[str], noise: Sequence[torch.Tensor], steps: int, cfg: float) -> torch.Tensor:
+def sample_stock(prompts: Sequence[str], noise: Sequence[torch.Tensor], steps: int, cfg: float) -> torch.Tensor:
     """Processed latents [B, C, T, H, W] as a KSampler makes them behind a ModelSamplingSD3 node."""
     open_comfyui()
     import comfy.latent_formats

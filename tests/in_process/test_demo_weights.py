@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 
 from demo import domain
-from demo.measure import TEACHER, VAE, _sample_stock, pairs, sample, verdicts
+from demo.measure import TEACHER, VAE, sample_stock, pairs, sample, verdicts
 from wanlite_model.transformer import WanLiteStudent
 
 
@@ -48,7 +48,7 @@ def test_the_judge_reads_clips_after_the_stock_vae(comfyui, vae):
 def test_the_stock_sampler_and_ours_agree(comfyui, teacher):
     prompts, noise = zip(*pairs(2), strict=True)
     with torch.inference_mode():
-        stock = _sample_stock(prompts, noise, steps=4, cfg=domain.CFG)
+        stock = sample_stock(prompts, noise, steps=4, cfg=domain.CFG)
     ours = sample(teacher, prompts, torch.stack(noise), steps=4, cfg=domain.CFG)
     assert (stock - ours).norm() / ours.norm() < 1e-4
 
