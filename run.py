@@ -207,7 +207,9 @@ def run_here(comfyui: Path, *arguments: str) -> int:
 def clean_environment() -> dict[str, str]:
     """The environment without what would point Python or pip away from .venv."""
     away = {"PYTHONHOME", "PYTHONPATH", "PYTHONSAFEPATH", "PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_ROOT"}
-    return {**{name: value for name, value in os.environ.items() if name not in away}, "PYTHONUTF8": "1"}
+    # PyTorch's threads wait for each other by sleeping: by spinning they take the cores from other programs, and lose theirs.
+    kept = {name: value for name, value in os.environ.items() if name not in away}
+    return {**kept, "PYTHONUTF8": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @contextlib.contextmanager

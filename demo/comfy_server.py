@@ -19,6 +19,9 @@ from .comfy_path import install_pack
 
 # The addresses are on this machine: a proxy of the environment must not see them.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+# PyTorch's threads meet after every operation. Waiting by spinning takes the core from whoever is still working, when another
+# program runs beside: a training step was then measured eight times slower.
+PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 _ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
 
@@ -59,7 +62,7 @@ class ComfyServer:
                 [sys.executable, str(comfyui / "main.py"), "--listen", "127.0.0.1", "--port", str(port),
                  "--base-directory", str(self.base), "--database-url", f"sqlite:///{(self.base / 'user' / 'comfyui.db').as_posix()}",
                  "--disable-auto-launch", "--disable-api-nodes", *arguments],
-                cwd=self.base, env={**environment, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"},
+                cwd=self.base, env={**environment, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **PATIENT},
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
 
     def wait_until_up(self, timeout: float = 300) -> None:

@@ -17,7 +17,7 @@ from wanlite_model import flow
 from wanlite_model.transformer import WanLiteStudent
 
 from . import domain, judge, words
-from .comfy_door import open_comfyui
+from .comfy_path import open_comfyui
 from .vae import Vae
 from .workers import Workers
 

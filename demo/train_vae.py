@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from . import domain
-from .comfy_door import open_comfyui
+from .comfy_path import open_comfyui
 from .vae import wan_vae
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from .comfy_door import open_comfyui
+from .comfy_path import open_comfyui
 
 
 class Vae:

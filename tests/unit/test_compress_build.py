@@ -55,7 +55,7 @@ def test_whole_blocks_measure_the_same_through_the_teacher_as_through_the_studen
     teacher = tiny(depth=5)
     handle, _ = result_of(create(tmp_path, teacher, depth=3, method="interleaved"))
     assert handle.card.measured["start_error"] == handle.card.measured["plain_cut_error"] > 0
-    probe = result_of(build.make_probe(teacher, random_bank(), SHAPE, seed=0, count=32 + build.HELD_OUT, cfg=3.0))[-build.HELD_OUT:]
+    probe = result_of(build.make_probe(teacher, random_bank(), SHAPE, seed=0, count=build.DEPTH_STATES + build.HELD_OUT, cfg=3.0))[-build.HELD_OUT:]
     student = build.ModuleTeacher(WanLiteStudent.from_pretrained(handle.folder), shift=3.0)
     target = torch.cat(list(build.answers(teacher.velocity, probe)))
     error = torch.cat(list(build.velocity_errors(student.velocity, probe, target))).mean().item()
