@@ -207,7 +207,7 @@ class Run:
                 evaluating = (time.monotonic() - begun) * self.job.recipe.evaluations
                 left = 60 * self.job.minutes - self._seconds() - evaluating
                 steps = max(LEAST_STEPS, int(0.95 * left / sorted(seconds)[len(seconds) // 2]))
-            noted = {"steps": steps, "evaluate_every": max(1, steps // self.job.recipe.evaluations)}
+            noted = {"steps": steps, "evaluate_every": -(-steps // self.job.recipe.evaluations)}
             self.files.note("plan", noted)
         return noted["steps"], noted["evaluate_every"]
 
