@@ -26,7 +26,7 @@ from .workflows import BANK, STUDENT, TINY
 OUTPUT = ROOT / "output" / "demo"
 BASE = OUTPUT / "comfyui"                   # the server's own models/, input/, output/
 CUT, STAMP = "wan_tiny_plain_cut", "made_from.txt"
-BANK_PROMPTS = 40                           # of the 120 that the teacher was trained on
+BANK_PROMPTS = 120                          # all that the teacher was trained on
 MINUTES = 10                                # reported and not held against: how fast a machine is shows nothing of the student
 
 

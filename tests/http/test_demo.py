@@ -46,7 +46,7 @@ def test_the_saved_workflow_draws_what_the_graphs_own_model_drew(demo):
         assert clips[0].convert("RGB").tobytes() == clips[1].convert("RGB").tobytes()
 
 
-def test_teacher_plain_cut_and_student_are_measured_and_drawn(demo, server, tmp_path, monkeypatch):
+def test_teacher_plain_cut_and_student_are_measured_and_drawn(comfyui, demo, server, tmp_path, monkeypatch):
     for name, value in (("PAIRS", 4), ("ERROR_PAIRS", 2), ("ROUNDS", 1)):
         monkeypatch.setattr(compare, name, value)
     result = compare.measure(server.base, STUDENT, main.CUT)
