@@ -111,13 +111,17 @@ class ComfyServer:
         """Queues a graph in API format and returns its prompt id.
 
         Raises:
-            ServerError: the server's validation refused it; the text says which node and why.
+            ServerError: the server's validation refused it, or a part of it; the text says which node and why.
         """
         with self._changed:
             before = len(self._events)
-        prompt_id = self._post("/prompt", {"prompt": prompt, "client_id": self._client_id})["prompt_id"]
-        self._first_event[prompt_id] = before
-        return prompt_id
+        answer = self._post("/prompt", {"prompt": prompt, "client_id": self._client_id})
+        if answer.get("node_errors"):       # it drops the wrong nodes with what follows them, and would run the rest
+            self._post("/queue", {"delete": [answer["prompt_id"]]})
+            self.interrupt()
+            raise ServerError("\n".join(["The server takes only a part of the graph", *_reasons(answer["node_errors"])]))
+        self._first_event[answer["prompt_id"]] = before
+        return answer["prompt_id"]
 
     def events(self, prompt_id: str, timeout: float = 300) -> Iterator[dict]:
         """The events since this prompt was queued, {"type", "data"}, as they come; ends with the one that ends the prompt.
@@ -226,12 +230,14 @@ def _refusal(error: urllib.error.HTTPError) -> str:
     body = error.read().decode("utf-8", errors="replace")
     try:
         answer = json.loads(body)
-        reasons = [answer["error"]["message"]]
-        reasons += [f"{node['class_type']} (node {node_id}): {reason['message']}: {reason['details']}"
-                    for node_id, node in answer["node_errors"].items() for reason in node["errors"]]
+        return "\n".join([answer["error"]["message"], *_reasons(answer["node_errors"])])
     except (ValueError, KeyError, TypeError):
         return f"The server answered {error.code} {error.reason}: {body}"
-    return "\n".join(reasons)
+
+
+def _reasons(node_errors: dict) -> list[str]:
+    return [f"{node['class_type']} (node {node_id}): {reason['message']}: {reason['details']}"
+            for node_id, node in node_errors.items() for reason in node["errors"]]
 
 
 @contextlib.contextmanager
