@@ -3,6 +3,7 @@ import dataclasses
 
 import pytest
 import torch
+from helpers_compress import result_of
 from helpers_tiny import random_bank, random_teacher, random_wan
 
 from wanlite_model import flow
@@ -157,22 +158,14 @@ def test_latents_have_a_fingerprint_of_their_own():
     assert latents_fingerprint(None) == "" and latents_fingerprint(one) == latents_fingerprint(one.clone()) != latents_fingerprint(one + 1)
 
 
-def returned(generator):
-    while True:
-        try:
-            next(generator)
-        except StopIteration as end:
-            return end.value
-
-
 def test_the_teacher_itself_has_no_error_but_for_the_guidance_it_lacks(filled):
     teacher, bank, job, cache, _ = filled
     held = cache.held_out()
-    kept = returned(evaluate(teacher.module, held, bank, dataclasses.replace(job, fold_guidance=False)))
+    kept = result_of(evaluate(teacher.module, held, bank, dataclasses.replace(job, fold_guidance=False)))
     assert kept.error < 1e-3
-    folded = returned(evaluate(teacher.module, held, bank, job))
+    folded = result_of(evaluate(teacher.module, held, bank, job))
     assert folded.closure == pytest.approx(0, abs=0.01) and folded.error > 10 * kept.error
-    other = returned(evaluate(random_wan(seed=9, depth=2), held, bank, job))
+    other = result_of(evaluate(random_wan(seed=9, depth=2), held, bank, job))
     assert other.error > folded.error and len(other.buckets) == 4
 
 

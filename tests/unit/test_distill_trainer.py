@@ -5,6 +5,7 @@ from contextlib import closing
 
 import pytest
 import torch
+from helpers_compress import result_of
 from helpers_tiny import random_bank, random_teacher
 from safetensors.torch import load_file
 
@@ -19,20 +20,12 @@ SHAPE = (16, 2, 4, 4)
 RECIPE = Recipe(learning_rate=2e-3, batch_size=4, warmup=2, teacher_steps=3, evaluations=2, ema_decay=0.5)
 
 
-def returned(generator):
-    while True:
-        try:
-            next(generator)
-        except StopIteration as end:
-            return end.value
-
-
 class Setting:
     """A tiny teacher, its student, prompts and folders."""
 
     def __init__(self, folder, prompts=3, depth=4):
         self.folder, self.teacher, self.bank = folder, random_teacher(), random_bank(prompts)
-        self.student, _ = returned(create_student(self.teacher, self.bank, SHAPE, depth=depth, ffn_dim=256, keep=None, method="interleaved",
+        self.student, _ = result_of(create_student(self.teacher, self.bank, SHAPE, depth=depth, ffn_dim=256, keep=None, method="interleaved",
                                                   seed=0, folder=folder / "starts"))
 
     def job(self, **changes):
@@ -186,7 +179,7 @@ def test_after_a_crash_the_report_is_of_the_weights_that_are_handed_out(setting)
     from wanlite_model.distill.data import TeacherCache, plan_units
     from wanlite_model.distill.evaluate import evaluate
     held = TeacherCache(setting.folder / "cache", job, plan_units(job, setting.bank, None)).held_out()
-    assert returned(evaluate(student, held, setting.bank, job)).error == pytest.approx(end.handle.card.measured["held_out_error"])
+    assert result_of(evaluate(student, held, setting.bank, job)).error == pytest.approx(end.handle.card.measured["held_out_error"])
 
 
 def test_a_full_disk_while_saving_is_a_sentence_and_the_last_checkpoint_stays(setting, monkeypatch):
