@@ -31,7 +31,7 @@ class WanLiteRecipe(io.ComfyNode):
                                      "Not used when SIGMAS are connected."),
                 io.Float.Input("renoised", default=0.5, min=0.0, max=1.0, step=0.05,
                                tooltip="Share of the training states that are finished clips with fresh noise; the others are on the teacher's "
-                                       "path."),
+                                       "path. Each recorded run is noised again as often as this share asks for: 0.7 is 2.3 times for a step."),
                 io.Float.Input("full_range", default=0.25, min=0.0, max=1.0, step=0.05,
                                tooltip="Share of those whose noise level is drawn evenly instead of by the shift, so that denoise below 1 works."),
                 io.Int.Input("evaluations", default=8, min=1, max=1000,

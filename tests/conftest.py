@@ -24,19 +24,10 @@ put_comfyui_first(COMFYUI)
 sys.path.append(str(ROOT / "tests"))        # for the modules named helpers_*; last, so that no folder of it hides anything
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if any(item.get_closest_marker("gpu") for item in items):
-        import torch
-        if not torch.cuda.is_available():
-            for item in items:
-                if item.get_closest_marker("gpu"):
-                    item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     report = yield
-    if not item.get_closest_marker("gpu") and not hasattr(report, "wasxfail"):
+    if not hasattr(report, "wasxfail"):
         fail_if_skipped_on_ci(report)
     return report
 
@@ -49,7 +40,7 @@ def pytest_make_collect_report(collector: pytest.Collector):
 
 
 def fail_if_skipped_on_ci(report: pytest.TestReport | pytest.CollectReport) -> None:
-    """run.py has set up all that the tests need, except a GPU: what is skipped on CI would hide a missing piece."""
+    """run.py has set up all that the tests need: what is skipped on CI would hide a missing piece."""
     if report.skipped and os.environ.get("CI"):
         report.outcome, report.longrepr = "failed", f"Skipped on CI, where nothing may be missing: {report.longrepr}"
 

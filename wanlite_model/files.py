@@ -1,8 +1,10 @@
 """Small files that are whole or absent: written beside, then put in place."""
 from __future__ import annotations
 
+import gc
 import json
 import os
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +28,26 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         write(temporary)
         with temporary.open("rb+") as file:             # a power cut after the replacement must not find an empty file
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        patiently(os.replace, temporary, path)
     except (OSError, SafetensorError) as error:
         raise WanLiteError(f"{path.name} could not be written ({error}).", "What was there before is intact.",
                            "Free disk space, or close what uses the file, and try again.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def patiently(move: Callable[[Path, Path], Any], source: Path, goal: Path) -> None:
+    """os.rename or os.replace, tried for a second: on Windows a reader that is just being closed, or a virus scanner, holds a file for a moment."""
+    for attempt in range(4):
+        try:
+            move(source, goal)
+            return
+        except PermissionError:
+            if attempt == 3:
+                raise
+            if attempt == 0:
+                gc.collect()                    # a mapping that only a reference cycle keeps alive
+            time.sleep(0.1 * 2**attempt)
 
 
 def sweep(folder: Path) -> None:

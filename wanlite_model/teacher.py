@@ -68,16 +68,17 @@ def pad_together(*contexts: Tensor) -> Tensor:
 
 
 def fingerprint_tensors(tensors: Iterable[tuple[str, Tensor]], *extra: object) -> str:
-    """A hash of names, shapes and strided samples: cheap at 14B, blind to paths and ids, different when any weight pattern changes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+    """A hash of names, shapes and strided samples: cheap at 14B, blind to paths and ids, different when any weight pattern changes.
+
+    The order of the tensors does not matter, and of each only its sample is kept.
+    """
+    def sampled(name: str, tensor: Tensor) -> str:
         flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // SAMPLES)].float().cpu().contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(sample.numpy().tobytes())
-    for item in extra:
-        digest.update(repr(item).encode())
-    return digest.hexdigest()[:16]
+        values = flat[:: max(1, flat.numel() // SAMPLES)].float().cpu().contiguous()
+        return hashlib.sha256(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode() + values.numpy().tobytes()).hexdigest()
+
+    told = sorted(sampled(name, tensor) for name, tensor in tensors)
+    return hashlib.sha256("".join([*told, *map(repr, extra)]).encode()).hexdigest()[:16]
 
 
 @contextmanager

@@ -44,6 +44,7 @@ class ComfyTeacher:
         self.name = f"WAN {self.config.model_type}, {self.config.num_layers} blocks of {self.config.dim}"
         self.notes = (*notes, *_never_applied(self._model), *_expert(self.config))
         self._reserved = 0
+        self._asked: tuple[Tensor, Tensor] | None = None
         self._fingerprint = ""
 
     @property
@@ -65,7 +66,7 @@ class ComfyTeacher:
         """As the Teacher protocol says. What comes back, and what taps are given, are ordinary tensors even inside a node."""
         answers: list[Tensor] = []
         hooks = {"": lambda _, answered: answers.append(answered), **{path: _ordinary(tap) for path, tap in taps.items()}}
-        context = torch.nn.functional.pad(cond.context, (0, 0, 0, TEXT_LEN - cond.context.shape[1]))    # [B, 512, 4096]
+        context = self._padded(cond.context)
         base = self._model.model
         with self._mode():
             self._load(x)
@@ -74,7 +75,7 @@ class ComfyTeacher:
                 # The velocity is read where the network hands it on: going back from ComfyUI's x0 would divide by sigma.
                 with tapped(base.diffusion_model, hooks):
                     base.apply_model(x.to(self.device, torch.float32), sigma.to(self.device, torch.float32),
-                                     c_crossattn=context.to(self.device), transformer_options=_options(skip))
+                                     c_crossattn=context, transformer_options=_options(skip))
             finally:
                 self._model.cleanup()
         with torch.inference_mode(False), torch.no_grad():
@@ -100,6 +101,12 @@ class ComfyTeacher:
         weight = self._model.model.diffusion_model.patch_embedding.weight
         with torch.inference_mode(weight.is_inference()), torch.no_grad():
             yield
+
+    def _padded(self, context: Tensor) -> Tensor:
+        """[B, 512, 4096] on the device; kept from one call to the next, since a path asks for the same prompts at every step."""
+        if self._asked is None or not (self._asked[0].shape == context.shape and torch.equal(self._asked[0], context)):
+            self._asked = context, torch.nn.functional.pad(context, (0, 0, 0, TEXT_LEN - context.shape[1])).to(self.device)
+        return self._asked[1]
 
     def _load(self, x: Tensor) -> None:
         """Has ComfyUI load the model when it is not loaded, or when this batch needs more room than was asked for."""

@@ -8,7 +8,7 @@ from helpers_tiny import random_bank, random_teacher, random_wan
 
 from wanlite_model import flow
 from wanlite_model.distill import objectives
-from wanlite_model.distill.data import TeacherCache, latents_fingerprint, plan_units, state_counts
+from wanlite_model.distill.data import MOST_ROLLOUTS, REUSE, TeacherCache, latents_fingerprint, plan_units, state_counts
 from wanlite_model.distill.evaluate import evaluate
 from wanlite_model.distill.job import DistillJob, Recipe, differences
 from wanlite_model.distill.optim import WeightAverage, lr_at
@@ -104,6 +104,26 @@ def test_with_eight_prompts_whole_prompts_are_held_out_and_below_it_other_noise(
         units = plan_units(make_job(teacher, bank), bank, None)
         held, trained = ({unit.prompt for unit in units if unit.held is which} for which in (True, False))
         assert held and trained and (not held & trained) == by_prompt, count
+
+
+def test_prompts_are_asked_again_with_other_noise_when_the_states_would_not_do():
+    teacher, bank = random_teacher(depth=1), random_bank(16)
+    job = make_job(teacher, bank)
+    few, enough = (plan_units(dataclasses.replace(job, steps=steps), bank, None) for steps in (1, 10_000))
+    assert [unit.prompt for unit in few] == list(range(16)) and enough[:16] == few
+    held = {unit.prompt for unit in few if unit.held}
+    again = [unit.prompt for unit in enough[16:]]
+    assert len(enough) == 16 * MOST_ROLLOUTS and not held & set(again) and set(again) == set(range(16)) - held
+    assert len({unit.key for unit in enough}) == len(enough)
+    steps = REUSE * sum(state_counts(job)) * 40 // job.recipe.batch_size
+    assert len(plan_units(dataclasses.replace(job, steps=steps), bank, None)) == 40
+    assert len(plan_units(dataclasses.replace(job, steps=0), bank, None)) == len(enough)           # minutes decide how many of them
+
+
+def test_a_unit_holds_re_noised_states_in_their_share():
+    teacher, bank = random_teacher(depth=1), random_bank()
+    counts = [state_counts(make_job(teacher, bank, recipe={"renoised": share})) for share in (0.0, 0.1, 0.5, 0.7, 1.0)]
+    assert counts == [(4, 0), (4, 1), (4, 4), (4, 9), (4, 12)]
 
 
 def test_a_corrupt_or_foreign_unit_is_asked_for_again(filled):

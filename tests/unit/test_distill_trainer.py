@@ -6,6 +6,7 @@ from contextlib import closing
 import pytest
 import torch
 from helpers_compress import result_of
+from helpers_disk import leave_room
 from helpers_tiny import random_bank, random_teacher
 from safetensors.torch import load_file
 
@@ -66,14 +67,14 @@ def until(events, wanted):
 
 
 def test_a_run_tells_its_story_and_ends_below_the_start_and_the_plain_cut(setting):
-    events = list(setting.events(setting.job(steps=40), "story"))
+    events = list(setting.events(setting.job(steps=40, recipe={"learning_rate": 5e-4}), "story"))
     assert isinstance(events[0], Stage) and isinstance(events[-1], Finished)
     steps = [event for event in events if isinstance(event, Step)]
     assert [step.step for step in steps] == list(range(1, 41)) and {step.total for step in steps} == {40}
     measured = [event for event in events if isinstance(event, Eval)]
     assert [event.step for event in measured] == [20, 40]
     end = events[-1]
-    assert measured[-1].held.error < 0.9 * end.plain_cut
+    assert measured[-1].held.error < 0.6 * end.plain_cut
     assert end.losses == tuple(step.loss for step in steps)
     assert "plain cut" in end.report and "no effect" in end.report and "other noise of the same prompts" in end.report
     assert end.handle.card.cfg == 1 and end.handle.card.shift == setting.teacher.shift
@@ -186,11 +187,7 @@ def test_a_full_disk_while_saving_is_a_sentence_and_the_last_checkpoint_stays(se
     until(setting.events(name="full"), lambda event: isinstance(event, Step) and event.step == 2)
     before = (setting.folder / "full" / "checkpoint.safetensors").read_bytes()
 
-    def full(tensors, path, metadata=None):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("wanlite_model.distill.checkpoint.save_file", full)
+    leave_room(monkeypatch, len(before) // 2)
     with pytest.raises(WanLiteError, match="No space left.*intact"):
         until(setting.events(name="full"), lambda event: isinstance(event, Step) and event.step == 3)
     monkeypatch.undo()

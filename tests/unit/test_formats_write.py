@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_disk import leave_room
 from helpers_tiny import random_wan
 from safetensors import safe_open
 
@@ -191,29 +192,12 @@ def test_weights_that_are_no_wan_change_nothing_on_disk(student, models, tmp_pat
     assert on_disk(tmp_path) == before
 
 
-class FullDisk:
-    """A file on a disk with room for so many bytes."""
-
-    def __init__(self, file, room):
-        self.file, self.room = file, room
-
-    def write(self, data):
-        self.room -= len(data)
-        if self.room < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return self.file.write(data)
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-
 @pytest.mark.parametrize("room", [0, 10_000, 4_000_000])
 @pytest.mark.parametrize("layout, name", [("folder", "cats"), ("single file", "cats.safetensors")])
 def test_a_disk_that_becomes_full_changes_nothing(student, models, tmp_path, monkeypatch, layout, name, room):
     save(student, models / name, layout=layout)
-    before, plain_open = on_disk(tmp_path), Path.open
-    monkeypatch.setattr(Path, "open", lambda self, mode="r", *a, **k:
-                        FullDisk(plain_open(self, mode, *a, **k), room) if mode == "xb" else plain_open(self, mode, *a, **k))
+    before = on_disk(tmp_path)
+    leave_room(monkeypatch, room)
     for destination in (models / name, models / f"new {name}"):
         with pytest.raises(WanLiteError, match="disk became full while .*Nothing was saved and nothing was changed"):
             save(student, destination, layout=layout, overwrite=True)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -16,10 +17,9 @@ from torch import Tensor
 
 from ..config import WanConfig
 from ..errors import WanLiteError
-from ..files import read_json, write_json
+from ..files import patiently, read_json, write_json
 from ..formats.card import StudentCard
 from ..formats.keymap import wan_shapes
-from ..formats.place import rename
 from ..formats.write import write_student
 from ..prompts import PromptBank
 from ..teacher import ModuleTeacher, Teacher
@@ -217,7 +217,7 @@ def _write(folder: Path, fingerprint: str, teacher: Teacher, plan: CompressionPl
         write_json(written.path / NOTE, {"handle": {**handle.to_json(), "folder": ""}, "report": report, "bytes": written.file.stat().st_size})
         if place.exists():                              # damaged: _read refused it
             shutil.rmtree(place)
-        rename(written.path, place)
+        patiently(os.rename, written.path, place)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return handle, report

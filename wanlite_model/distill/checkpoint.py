@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import WanLiteError
 from ..files import read_json, replace_file, sweep, write_json
+from ..formats.container import Writer
 from ..transformer import WanLiteStudent
 from .job import DistillJob, differences
 from .optim import WeightAverage
@@ -111,8 +112,7 @@ class RunFolder:
         tensors |= {f"average.{name}": value for name, value in zip(state.average.names, state.average.values)}
         for name, parameter in state.student.named_parameters():
             tensors |= {f"{key}.{name}": state.optimizer.state[parameter][key] for key in MOMENTS}
-        told = {"step": state.step}
-        replace_file(self.checkpoint, lambda path: save_file(_on_cpu(tensors), path, metadata={"wanlite.state": json.dumps(told)}))
+        _write(self.checkpoint, tensors, {"wanlite.state": json.dumps({"step": state.step})})
         return self.checkpoint.stat().st_size
 
     def restore(self, state: TrainState) -> bool:
@@ -146,14 +146,19 @@ class RunFolder:
 
     def save_best(self, state: TrainState) -> None:
         """Keeps the averaged weights in bf16: what is handed out."""
-        tensors = {name: value.detach().cpu().to(torch.bfloat16) for name, value in zip(state.average.names, state.average.values)}
         told = {"error": state.best_error, "step": state.best_step}
-        replace_file(self.best, lambda path: save_file(tensors, path, metadata={"wanlite.best": json.dumps(told)}))
+        _write(self.best, dict(zip(state.average.names, state.average.values)), {"wanlite.best": json.dumps(told)}, torch.bfloat16)
 
     def load_best(self) -> dict[str, Tensor]:
         """The best weights so far, as copies: the file is not held."""
         return {name: value.clone() for name, value in load_file(self.best).items()}
 
 
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], dtype: torch.dtype | None = None) -> None:
+    """Streams the tensors from wherever they are: of what lies on a GPU, never more than a piece is in memory too."""
+    def write(temporary: Path) -> None:
+        with Writer(temporary, {name: tuple(value.shape) for name, value in tensors.items()}, metadata) as writer:
+            for name, value in tensors.items():
+                writer.write(name, value, dtype)
+            writer.finish()
+    replace_file(path, write)

@@ -6,9 +6,11 @@ can be folded in or kept. Units are files of their own: an interrupted cache goe
 """
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, cycle, islice
 from pathlib import Path
 
 import torch
@@ -24,8 +26,11 @@ from ..prompts import PromptBank
 from ..teacher import Cond, Teacher, guided_pair
 from .job import HOLDOUT_PROMPTS, MIN_UNITS, DistillJob
 
-VERSION = 1
+VERSION = 2
 STORED = torch.float16          # rounding 2**-11 of a latent: far below what a student gets wrong
+REUSE = 4                       # times a state is trained on: more teaches it by heart, fewer asks the teacher too much
+MOST_ROLLOUTS = 4               # of one prompt: they take disk as well as time
+MOST_RENOISED = 0.75            # share up to which a unit holds more re-noised states for it; each takes a forward
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,30 +90,47 @@ def _digest(tensor: Tensor) -> str:
 
 
 def plan_units(job: DistillJob, prompts: PromptBank, latents: Tensor | None, most: int | None = None) -> list[Unit]:
-    """The units of a job, in order. `most` limits them to what a time budget allows (two at least)."""
+    """The units of a job, in order: every prompt once, then those that are trained on again, with other noises.
+
+    `most` limits them to what a time budget allows (two at least).
+    """
     items = len(prompts) if latents is None else len(latents)
-    count = max(MIN_UNITS, items)
+    count = _wanted(job, items)
     count = count if most is None else max(2, min(count, most))
     by_prompt = len(prompts) >= HOLDOUT_PROMPTS and count >= HOLDOUT_PROMPTS
     held_count = max(2, min(16, min(items, count) // 8)) if by_prompt else max(1, count // 8)
     shared = min(items, count)
     held = ({round((i + 0.5) * shared / held_count) % shared for i in range(held_count)} if by_prompt
             else set(range(count - held_count, count)))
-    units = []
-    for index in range(count):
-        item = index % items
-        prompt = item if len(prompts) > 1 else 0
-        key = _unit_key(job, prompts, latents, prompt, item, index)
-        units.append(Unit(index=index, prompt=prompt, item=item, held=(item if by_prompt else index) in held, key=key))
-    return units
+    again = [item for item in range(items) if not (by_prompt and item in held)]
+    chosen = islice(chain(range(items), cycle(again)), count)
+    key_of = _keys(job, prompts, latents)
+    return [Unit(index=index, prompt=_prompt_of(item, prompts), item=item, held=(item if by_prompt else index) in held, key=key_of(index, item))
+            for index, item in enumerate(chosen)]
 
 
-def _unit_key(job: DistillJob, prompts: PromptBank, latents: Tensor | None, prompt: int, item: int, index: int) -> str:
-    data = None if latents is None else _digest(latents[item])
+def _wanted(job: DistillJob, items: int) -> int:
+    """How many units are worth having, were there time: each prompt once, and so many that no state has to be trained on over and over."""
+    drawn = job.steps * job.recipe.batch_size
+    wanted = MOST_ROLLOUTS * items if job.steps == 0 else min(MOST_ROLLOUTS * items, -(-drawn // (REUSE * sum(state_counts(job)))))
+    return max(MIN_UNITS, items, wanted)
+
+
+def _prompt_of(item: int, prompts: PromptBank) -> int:
+    return item if len(prompts) > 1 else 0
+
+
+def _keys(job: DistillJob, prompts: PromptBank, latents: Tensor | None) -> Callable[[int, int], str]:
+    """(index, item) -> the name of that unit: a hash of everything that decides the answers in it."""
     negative = _digest(prompts.negative) if job.guided else None
-    decides = (VERSION, job.teacher, job.shift, job.shape, job.cfg, rollout_sigmas(job).tolist(), job.recipe.full_range,
-               state_counts(job), job.train_seed, index, prompts.context_key(prompt), negative, data)
-    return hashlib.sha256(repr(decides).encode()).hexdigest()[:24]
+    shared = (VERSION, job.teacher, job.shift, job.shape, job.cfg, rollout_sigmas(job).tolist(), job.recipe.full_range,
+              state_counts(job), job.train_seed, negative)
+
+    @functools.cache
+    def of_item(item: int) -> tuple[str, str | None]:
+        return prompts.context_key(_prompt_of(item, prompts)), None if latents is None else _digest(latents[item])
+
+    return lambda index, item: hashlib.sha256(repr((*shared, index, *of_item(item))).encode()).hexdigest()[:24]
 
 
 class TeacherCache:
@@ -201,10 +223,14 @@ class TeacherCache:
 
 
 def state_counts(job: DistillJob) -> tuple[int, int]:
-    """How many states of a unit lie on the teacher's path, and how many are re-noised; the path comes first in the file."""
+    """How many states of a unit lie on the teacher's path, and how many are re-noised; the path comes first in the file.
+
+    As many re-noised ones as the recipe's share of them asks for, so that all states are trained on equally often.
+    """
     if job.latents:
         return 0, job.path_steps
-    return job.path_steps, 0 if job.recipe.renoised == 0 else max(1, job.path_steps // 2)
+    share = min(job.recipe.renoised, MOST_RENOISED)
+    return job.path_steps, 0 if share == 0 else max(1, round(job.path_steps * share / (1 - share)))
 
 
 class _Answers:

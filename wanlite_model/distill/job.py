@@ -9,7 +9,7 @@ from ..errors import WanLiteError
 
 Objective = Literal["velocity", "velocity + features"]
 OBJECTIVES: tuple[Objective, ...] = ("velocity", "velocity + features")
-MIN_UNITS = 16                  # rollouts a job caches at least, however few prompts there are
+MIN_UNITS = 16                  # rollouts a job caches at least, however few prompts there are and however few steps
 HOLDOUT_PROMPTS = 8             # from this many prompts on, whole prompts are held out
 
 

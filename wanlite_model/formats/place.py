@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import logging
 import os
 import re
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import WanLiteError
+from ..files import patiently
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def put_in_place(moves: Sequence[tuple[Path, Path]], destination: Path) -> None:
             if os.path.lexists(target):
                 steps.insert(0, (target, new.with_name(new.name + OLD)))
             for source, goal in steps:
-                rename(source, goal)
+                patiently(os.rename, source, goal)
                 done.append((source, goal))
     except BaseException as error:
         _undo(done)
@@ -116,16 +116,3 @@ def _sweep(home: Path) -> None:
     for left in home.glob(PREFIX + "*"):
         if left.is_dir() and time.time() - left.stat().st_mtime > STALE and not any(left.glob("*" + OLD)):
             shutil.rmtree(left, ignore_errors=True)
-
-
-def rename(source: Path, goal: Path) -> None:
-    """os.rename that tries for a second: on Windows a reader that is just being closed, or a virus scanner, holds a new file for a moment."""
-    for attempt in range(4):
-        try:
-            return os.rename(source, goal)
-        except PermissionError:
-            if attempt == 3:
-                raise
-            if attempt == 0:
-                gc.collect()                    # a mapping that only a reference cycle keeps alive
-            time.sleep(0.1 * 2**attempt)

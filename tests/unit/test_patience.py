@@ -6,7 +6,7 @@ import pytest
 from helpers_compress import SHAPE, counting_teacher, result_of
 
 from wanlite_model.compress.build import create_student
-from wanlite_model.formats import place
+from wanlite_model import files
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def held(monkeypatch, tmp_path) -> list[int]:
 
     for name in ("rename", "replace"):
         monkeypatch.setattr(os, name, refusing(getattr(os, name)))
-    monkeypatch.setattr(place.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
     return left
 
 
@@ -34,9 +34,16 @@ def test_a_new_start_waits_for_the_scanner(tmp_path, held):
     assert held[0] == 0 and handle.file.is_file()
 
 
+def test_a_file_that_is_replaced_waits_too(tmp_path, held):
+    files.write_json(tmp_path / "note.json", 1)
+    held[0] = 3
+    files.write_json(tmp_path / "note.json", 2)
+    assert held[0] == 0 and files.read_json(tmp_path / "note.json") == 2
+
+
 def test_a_refusal_that_lasts_is_told_and_changes_nothing(tmp_path, held):
     (tmp_path / "new").touch()
     held[0] = 4
     with pytest.raises(PermissionError):
-        place.rename(tmp_path / "new", tmp_path / "placed")
+        files.patiently(os.rename, tmp_path / "new", tmp_path / "placed")
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
