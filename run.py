@@ -28,6 +28,9 @@ VENV_STAMP = VENV / "wanlite-setup.json"
 VENV_PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 COMFYUI = ROOT / ".comfyui"
 COMFYUI_STAMP = COMFYUI / "wanlite-setup.json"
+# PyTorch's threads meet after every operation. Waiting there for long takes the core from whoever still works, when another program
+# runs beside: a training step was then eight times slower. Sleeping at once is twice as slow on an idle machine. This is a moment.
+PATIENT = {"GOMP_SPINCOUNT": "2000"}
 
 # A matching set: the three must be built for each other.
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
@@ -207,9 +210,8 @@ def run_here(comfyui: Path, *arguments: str) -> int:
 def clean_environment() -> dict[str, str]:
     """The environment without what would point Python or pip away from .venv."""
     away = {"PYTHONHOME", "PYTHONPATH", "PYTHONSAFEPATH", "PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_ROOT"}
-    # PyTorch's threads wait for each other by sleeping: by spinning they take the cores from other programs, and lose theirs.
     kept = {name: value for name, value in os.environ.items() if name not in away}
-    return {**kept, "PYTHONUTF8": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return {**kept, "PYTHONUTF8": "1", **PATIENT}
 
 
 @contextlib.contextmanager

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import websocket
 
+from run import PATIENT
+
 from .comfy_path import install_pack
 
 # The addresses are on this machine: a proxy of the environment must not see them.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-# PyTorch's threads meet after every operation. Waiting by spinning takes the core from whoever is still working, when another
-# program runs beside: a training step was then measured eight times slower.
-PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 _ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
 

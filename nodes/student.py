@@ -91,7 +91,8 @@ class WanLiteSaveStudent(io.ComfyNode):
                                tooltip="'folder' opens in ComfyUI, in Wan's own code and in diffusers. 'single file' is one .safetensors with "
                                        "nothing beside it; its workflow goes to output/wanlite/workflows."),
                 io.Combo.Input("dtype", options=list(DTYPES), default="bf16",
-                               tooltip="Of the saved weights. bf16 and fp16 take 2 bytes a parameter, fp32 takes 4."),
+                               tooltip="Of the saved weights. bf16 and fp16 take 2 bytes a parameter, fp32 takes 4. What Distill hands on is bf16: "
+                                       "fp32 makes its file larger, not better."),
                 io.Boolean.Input("overwrite", default=False,
                                  tooltip="Replace a student of this name. What WanLite did not write is never replaced."),
             ],

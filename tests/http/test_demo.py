@@ -6,7 +6,7 @@ from demo import compare, main
 from demo.sheet import draw
 from demo.workflows import STUDENT
 
-SHORT = {"WanLiteDistill": {"steps": 12}, "WanLiteRecipe": {"teacher_steps": 3, "evaluations": 1, "batch_size": 4},
+SHORT = {"WanLiteDistill": {"steps": 12}, "WanLiteRecipe": {"teacher_steps": 3, "renoised": 0.25, "evaluations": 1, "batch_size": 4},
          "WanLiteCreateStudent": {"method": "interleaved"}, "KSampler": {"steps": 3},        # as many as the saved workflow then has
          "WanLiteCompare": {"teacher_steps": 2, "student_steps": 2, "clips": 1}}
 
