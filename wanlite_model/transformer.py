@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import CLIP_DIM, EPS, FLF_TOKENS, FREQ_DIM, HEAD_DIM, PATCH, TEXT_DIM, TEXT_LEN, WanConfig
 from .errors import WanLiteError
+from .formats.card import StudentCard
 from .legacy import accepts_legacy, check_keywords
 from .mixins import ConfigMixin, ModelMixin, register_to_config
 
@@ -130,6 +131,7 @@ class WanLiteStudent(ModelMixin, ConfigMixin):
     """
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
+    card: StudentCard | None = None         # of the file it was read from; saved with it again
 
     @accepts_legacy
     @register_to_config
@@ -200,6 +202,7 @@ class WanLiteStudent(ModelMixin, ConfigMixin):
         Raises WanLiteError when it cannot, and then nothing on disk has changed.
         """
         from .formats.write import write_student
+        options.setdefault("card", self.card)
         if not safe_serialization:
             raise WanLiteError("safe_serialization=False asks for a pickle.", "WanLite writes safetensors only.", "Leave it out.")
         return write_student(Path(save_directory), config=self.wan, tensors=self.state_dict().items(), legacy=self.legacy,
@@ -216,7 +219,7 @@ class WanLiteStudent(ModelMixin, ConfigMixin):
         with open_wan(Path(path)) as source:
             student = cls.from_wan(source.config, device="meta")
             state = {name: tensor.to(device=device, dtype=torch_dtype or source.dtype) for name, tensor in source.tensors()}
-        student.legacy = source.provenance.get("legacy", {})
+        student.legacy, student.card = source.provenance.get("legacy", {}), source.card
         student.register_to_config(image_size=source.provenance.get("image_size"))
         student.load_state_dict(state, assign=True)
         return student.eval()

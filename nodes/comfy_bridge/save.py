@@ -1,7 +1,10 @@
 """A student into ComfyUI's model folder, reported as verified only after the stock loader opened it and answered the same."""
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+from torch import Tensor
 
 from ...wanlite_model.compress.handle import StudentHandle
 from ...wanlite_model.formats.place import check_name
@@ -18,6 +21,12 @@ def save(student: StudentHandle, name: str, *, layout: str, dtype: str, overwrit
     recorded = record(student, DTYPES[dtype])
     memory.release()                                        # our copy is gone before ComfyUI makes its own
     with student.open() as source:
-        return write_student(destination, config=source.config, tensors=source.tensors(), layout=layout, dtype=DTYPES[dtype],
-                             card=source.card or student.card, verify=verifier(recorded), overwrite=overwrite,
-                             workflow_folder=folders.output_folder("workflows"))
+        config, card = source.config, source.card or student.card
+    return write_student(destination, config=config, tensors=_tensors(student), layout=layout, dtype=DTYPES[dtype], card=card,
+                         verify=verifier(recorded), overwrite=overwrite, workflow_folder=folders.output_folder("workflows"))
+
+
+def _tensors(student: StudentHandle) -> Iterator[tuple[str, Tensor]]:
+    """Holds the student's file no longer than it is read: on Windows an open file cannot be replaced, and it may be saved onto itself."""
+    with student.open() as source:
+        yield from source.tensors()

@@ -117,6 +117,8 @@ def test_prompts_are_asked_again_with_other_noise_when_the_states_would_not_do()
     assert len({unit.key for unit in enough}) == len(enough)
     steps = REUSE * sum(state_counts(job)) * 40 // job.recipe.batch_size
     assert len(plan_units(dataclasses.replace(job, steps=steps), bank, None)) == 40
+    many = random_bank(100)
+    assert len(plan_units(dataclasses.replace(make_job(teacher, many), steps=5), many, None)) == 30      # no more than there are draws
     assert len(plan_units(dataclasses.replace(job, steps=0), bank, None)) == len(enough)           # minutes decide how many of them
 
 

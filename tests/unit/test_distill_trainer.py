@@ -10,6 +10,7 @@ from helpers_disk import leave_room
 from helpers_tiny import random_bank, random_teacher
 from safetensors.torch import load_file
 
+from wanlite_model import flow
 from wanlite_model.compress.build import create_student
 from wanlite_model.distill.events import Eval, Finished, Sample, Saved, Stage, Step
 from wanlite_model.distill.job import DistillJob, Recipe
@@ -97,6 +98,40 @@ def test_a_run_stopped_while_it_evaluates_keeps_its_step_and_not_the_average(set
     until(setting.events(name="evaluating"), lambda event: isinstance(event, Stage) and event.name == "evaluating")
     list(setting.events(name="evaluating"))
     assert same(setting.state("straight"), setting.state("evaluating"))
+
+
+@pytest.mark.parametrize("where", [Step, Stage], ids=["before its evaluation", "while it evaluates"])
+def test_a_run_stopped_at_its_last_step_still_measures_it(setting, where):
+    job = setting.job(steps=12, recipe={"evaluations": 1, "learning_rate": 5e-4})
+    straight = list(setting.events(job, "whole"))[-1]
+    name = f"stopped at {where.__name__}"
+    until(setting.events(job, name), lambda event: isinstance(event, Step) and event.step == 12 if where is Step else
+          isinstance(event, Stage) and event.name == "evaluating")
+    resumed = list(setting.events(job, name))[-1]
+    assert straight.handle.card.measured["best_step"] == 12
+    assert resumed.handle.fingerprint == straight.handle.fingerprint and resumed.evaluations == straight.evaluations
+
+
+@pytest.mark.parametrize("where", ["_fresh_state", "_backward"])
+@pytest.mark.parametrize("budget", [{"steps": 6}, {"steps": 0, "minutes": 0.2}], ids=["steps", "minutes"])
+def test_a_card_that_is_too_small_gets_a_sentence(setting, monkeypatch, where, budget):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(f"wanlite_model.distill.trainer.Run.{where}", full)
+    with pytest.raises(WanLiteError, match="does not fit into this card"):
+        list(setting.events(setting.job(**budget), f"small {where} {len(budget)}"))
+
+
+def test_a_student_worse_than_its_baselines_is_reported_as_that(setting):
+    wild = setting.job(steps=3, recipe={"learning_rate": 1e-7, "evaluations": 1})
+    report = list(setting.events(wild, "worse"))[-1].report
+    assert "Guidance folded in: not yet" in report and "%" not in report.split("Guidance")[1]
+
+
+def test_sigmas_of_another_scheduler_are_named_in_the_report(setting):
+    own, simple = (list(setting.events(setting.job(sigmas=sigmas), f"sigmas {i}"))[-1].report for i, sigmas in enumerate(
+        [(1.0, 0.7, 0.1, 0.0), tuple(flow.schedule(3, setting.teacher.shift).tolist())]))
+    assert "SIGMAS that were connected" in own and "Sample with euler, simple, 3 steps" in simple
 
 
 def test_a_cache_that_was_interrupted_goes_on_and_gives_the_same_run(setting, tmp_path):

@@ -236,6 +236,12 @@ def test_folders_without_a_clear_answer_say_what_to_choose(folder, tmp_path):
     refuses(tmp_path / "dogs", "dogs is not there")
 
 
+def test_a_file_may_be_called_sft(weights, student, tmp_path):
+    save_file(weights, tmp_path / "wan.sft")
+    with open_wan(tmp_path / "wan.sft") as source:
+        assert source.config == student.wan
+
+
 @pytest.mark.parametrize("name, told", [("wan.pt", "pickle"), ("wan.ckpt", "pickle"), ("wan.gguf", "a bf16, fp16 or fp8 file")])
 def test_no_pickle_is_ever_opened(tmp_path, name, told):
     (tmp_path / name).write_bytes(b"\x80\x04.")

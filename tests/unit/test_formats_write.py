@@ -12,6 +12,7 @@ import torch
 from helpers_disk import leave_room
 from helpers_tiny import random_wan
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from wanlite_model.errors import WanLiteError
 from wanlite_model.formats import container, write
@@ -277,6 +278,45 @@ def test_a_folder_with_somebodys_files_is_never_overwritten(student, models, tmp
         with pytest.raises(WanLiteError, match="would be lost"):
             save(student, models / name, layout=layout, overwrite=True)
     assert on_disk(tmp_path) == before
+
+
+@pytest.mark.parametrize("layout, name", [("folder", "cats"), ("single file", "cats.safetensors")])
+def test_a_model_that_wanlite_did_not_write_is_never_overwritten(student, models, tmp_path, layout, name):
+    theirs = models / name / "diffusion_model.safetensors" if layout == "folder" else models / name
+    theirs.parent.mkdir(exist_ok=True)
+    save_file(student.state_dict(), theirs, metadata={"format": "pt"})
+    if layout == "folder":
+        (models / name / "config.json").write_text(json.dumps(student.wan.to_json()), encoding="utf-8")
+    before = on_disk(tmp_path)
+    with pytest.raises(WanLiteError, match="did not write it"):
+        save(student, models / name, layout=layout, overwrite=True)
+    assert on_disk(tmp_path) == before
+
+
+def test_a_card_survives_loading_and_saving_again(student, models):
+    save(student, models / "cats", card=StudentCard(steps=4, cfg=1.0, shift=3.0))
+    loaded = WanLiteStudent.from_pretrained(models / "cats")
+    loaded.save_pretrained(models / "cats", overwrite=True)
+    with open_wan(models / "cats") as source:
+        assert source.card == StudentCard(steps=4, cfg=1.0, shift=3.0)
+    workflow = (models / "cats" / "cats.workflow.json").read_text(encoding="utf-8")
+    sampler = next(node for node in json.loads(workflow)["nodes"] if node["type"] == "KSampler")
+    assert sampler["widgets_values"][2:4] == [4, 1.0]
+
+
+def test_an_old_file_that_cannot_be_removed_does_not_undo_the_new_one(student, models, monkeypatch):
+    save(student, models / "cats.safetensors", layout="single file")
+    unlink = Path.unlink
+
+    def held(self, missing_ok=False):
+        if self.name.endswith(".old"):
+            raise PermissionError(13, "in use")
+        unlink(self, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", held)
+    other = random_wan(depth=2, ffn_dim=65)
+    save(other, models / "cats.safetensors", layout="single file", overwrite=True)
+    assert equal(models / "cats.safetensors", other.state_dict())
 
 
 def test_a_student_can_replace_the_folder_it_was_read_from(student, models):

@@ -53,10 +53,16 @@ def test_a_file_that_is_no_bank_gets_a_sentence(tmp_path, content):
         PromptBank.load(path)
 
 
-@pytest.mark.parametrize("shape", [(1, 77, 768), (5, 1024), (513, 4096), (2, 3, 4096)])
+@pytest.mark.parametrize("shape", [(1, 77, 768), (5, 1024), (2, 3, 4096)])
 def test_an_embedding_that_is_not_wans_is_refused(shape):
     with pytest.raises(WanLiteError, match="umt5"):
         trim(torch.zeros(shape))
+
+
+def test_a_prompt_longer_than_wan_reads_is_refused_and_mere_padding_is_not():
+    assert trim(torch.zeros(600, 4096)).shape == (1, 4096)
+    with pytest.raises(WanLiteError, match="600 tokens.*512.*Shorten"):
+        trim(torch.ones(600, 4096))
 
 
 def test_a_bank_needs_a_prompt_and_an_embedding_for_each():

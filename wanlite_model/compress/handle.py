@@ -29,7 +29,7 @@ class StudentHandle:
     def file(self) -> Path:
         """The file with the weights."""
         place = Path(self.folder)
-        return place if place.suffix == ".safetensors" else place / MODEL_FILE
+        return place if place.suffix.lower() in (".safetensors", ".sft") else place / MODEL_FILE
 
     def open(self) -> AbstractContextManager[WanFile]:
         """The weights, for as long as the `with` lasts. Raises WanLiteError when they are gone or not whole."""

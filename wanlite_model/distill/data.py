@@ -111,9 +111,10 @@ def plan_units(job: DistillJob, prompts: PromptBank, latents: Tensor | None, mos
 
 def _wanted(job: DistillJob, items: int) -> int:
     """How many units are worth having, were there time: each prompt once, and so many that no state has to be trained on over and over."""
+    if job.steps == 0:
+        return max(MIN_UNITS, MOST_ROLLOUTS * items)
     drawn = job.steps * job.recipe.batch_size
-    wanted = MOST_ROLLOUTS * items if job.steps == 0 else min(MOST_ROLLOUTS * items, -(-drawn // (REUSE * sum(state_counts(job)))))
-    return max(MIN_UNITS, items, wanted)
+    return max(MIN_UNITS, min(items, drawn), min(MOST_ROLLOUTS * items, -(-drawn // (REUSE * sum(state_counts(job))))))
 
 
 def _prompt_of(item: int, prompts: PromptBank) -> int:

@@ -4,6 +4,9 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 
+import torch
+
+from .. import flow
 from ..compress.build import card_for
 from ..compress.handle import StudentHandle
 from ..formats.card import StudentCard
@@ -54,6 +57,13 @@ def _card(job: DistillJob, start: StudentHandle, teacher: Teacher, measured: Mea
                     measured={"held_out_error": measured.best.error, "plain_cut_error": measured.plain.error, "best_step": state.best_step})
 
 
+def _scheduler(job: DistillJob) -> str:
+    """What the student was trained along, for a person: a card has no room for sigmas."""
+    if job.sigmas is None or torch.allclose(torch.tensor(job.sigmas), flow.schedule(job.path_steps, job.shift), atol=1e-3):
+        return "simple"
+    return "the SIGMAS that were connected (the saved workflow says simple)"
+
+
 def _report(job: DistillJob, measured: Measured, state: TrainState, planned: int, cache: TeacherCache) -> str:
     """Held-out numbers first; a falling training loss proves nothing."""
     target = f"the teacher at cfg {job.cfg:g}"
@@ -64,19 +74,22 @@ def _report(job: DistillJob, measured: Measured, state: TrainState, planned: int
                 f"Measured on {held.states} states from other noise of the same prompts, since {HOLDOUT_PROMPTS} prompts are needed to hold "
                 "whole ones out: on new prompts the error may be larger.")
     gain = plain.error / held.error if held.error > 0 else math.inf
+    compared = (f"{gain:.1f} times below the plain cut of the same size" if math.isfinite(gain) and gain > 1 else
+                "not below the plain cut of the same size" if plain.error <= held.error else "no error is left")
     lines = [
         f"Held-out velocity error against {target}: {held.error:.4f} (start {started.error:.4f}, plain cut {plain.error:.4f}): "
-        f"{gain:.1f} times below the plain cut of the same size. 0 would be the teacher itself.",
+        f"{compared}. 0 would be the teacher itself.",
         on_what,
         "By sigma, from clean to noise: " + ", ".join("-" if math.isnan(b) else f"{b:.4f}" for b in held.buckets)
         + " (plain cut " + ", ".join("-" if math.isnan(b) else f"{b:.4f}" for b in plain.buckets) + ").",
         f"Best of {max(state.step, state.best_step)} steps ({planned} planned) was step {state.best_step}; that one was kept.",
-        f"Sample with euler, simple, {job.path_steps} steps, "
+        f"Sample with euler, {_scheduler(job)}, {job.path_steps} steps, "
         f"cfg {job.student_cfg:g}, shift {job.shift:g}.",
     ]
     if job.fold_guidance and job.guided:
-        lines.insert(3, f"Guidance folded in: {held.closure:.0%} of the way from the unguided to the guided teacher. "
-                        "The negative prompt has no effect on this student.")
+        way = (f"{held.closure:.0%} of the way from the unguided to the guided teacher" if held.closure > 0 else
+               "not yet, the unguided teacher is nearer to the guided one than this student is")
+        lines.insert(3, f"Guidance folded in: {way}. The negative prompt has no effect on this student.")
     if state.best_step == 0:
         lines.append("No evaluation was better than the start: train longer, or lower the learning rate.")
     return "\n".join(lines)

@@ -85,21 +85,28 @@ class Run:
             if (ended := finished_from_disk(self.files)) is not None:
                 yield ended
                 return
-            self.cache = yield from self._fill_cache()
-            self.held = self.cache.held_out()
-            yield Stage(name="loading the student", done=0, total=1)
-            self.state = self._fresh_state()
-            self.plain, self.start = yield from self._baseline()
-            resumed = self._restore()
-            self.steps, self.every = yield from self._plan()
-            if not resumed:
-                self._keep_if_best(self.start.error)
-            yield from self._train()
-            yield from self._load(self.files.load_best().items(), "loading the best")
-            handed_out = yield from self._evaluate("evaluating what is handed out")
-            yield Stage(name="writing the student", done=0, total=1)
-            yield write_finished(self.job, self.files, self.handle, self.teacher, self.state, self.steps, self.cache,
-                                 Measured(best=handed_out, start=self.start, plain=self.plain))
+            try:
+                yield from self._work()
+            except torch.cuda.OutOfMemoryError as error:
+                raise WanLiteError("This job does not fit into this card's memory.", "Everything up to the last step is kept.",
+                                   "Type a new run name, and lower batch_size, the frames or the size of the LATENT, or keep fewer blocks.") from error
+
+    def _work(self) -> Iterator[Event]:
+        self.cache = yield from self._fill_cache()
+        self.held = self.cache.held_out()
+        yield Stage(name="loading the student", done=0, total=1)
+        self.state = self._fresh_state()
+        self.plain, self.start = yield from self._baseline()
+        resumed = self._restore()
+        self.steps, self.every = yield from self._plan()
+        if not resumed:
+            self._keep_if_best(self.start.error)
+        yield from self._train()
+        yield from self._load(self.files.load_best().items(), "loading the best")
+        handed_out = yield from self._evaluate("evaluating what is handed out")
+        yield Stage(name="writing the student", done=0, total=1)
+        yield write_finished(self.job, self.files, self.handle, self.teacher, self.state, self.steps, self.cache,
+                             Measured(best=handed_out, start=self.start, plain=self.plain))
 
     def _check(self) -> None:
         check_latents(self.latents, self.prompts)
@@ -135,7 +142,7 @@ class Run:
                 begun = time.monotonic()
                 yield from self._ask(TeacherCache(self.cache_root, self.job, missing))
                 each = max(1e-3, (time.monotonic() - begun) / len(missing))
-                affordable = int((CACHE_SHARE * 60 * self.job.minutes - self._seconds()) / each)
+                affordable = max(0, int((CACHE_SHARE * 60 * self.job.minutes - self._seconds()) / each))
             noted = whole.affordable(affordable)
             self.files.note("units", noted)
         filled = cache(noted)
@@ -204,6 +211,8 @@ class Run:
                     seconds.append(time.monotonic() - begun)
                 begun = time.monotonic()
                 yield from self._evaluate("measuring the speed")
+                if self.samples:
+                    yield from self._draw()
                 evaluating = (time.monotonic() - begun) * self.job.recipe.evaluations
                 left = 60 * self.job.minutes - self._seconds() - evaluating
                 steps = max(LEAST_STEPS, int(0.95 * left / sorted(seconds)[len(seconds) // 2]))
@@ -215,12 +224,13 @@ class Run:
         """The loop. Whatever ends it, the last complete step is on disk afterwards."""
         saved, saved_at, state = self.state.step, time.monotonic(), self.state
         try:
+            if self._due() and all(row["step"] != state.step for row in self.files.rows("eval")):
+                yield from self._measure()              # it was stopped while it did
             while state.step < self.steps and not self._over():
                 step = self._step()
                 self.files.log(kind="step", step=step.step, loss=step.loss, grad_norm=step.grad_norm, lr=step.lr, seconds=step.seconds)
                 yield step
-                finishing = state.step == self.steps or self._over()
-                if state.step % self.every == 0 or finishing:
+                if self._due() or self._over():
                     yield from self._measure()
                 if time.monotonic() - saved_at >= 60 * self.job.recipe.save_every:
                     size = self.files.save(state)
@@ -229,6 +239,10 @@ class Run:
         finally:
             if state.step > saved:
                 self.files.save(state)
+
+    def _due(self) -> bool:
+        """Whether the step that was just finished is one to evaluate."""
+        return self.state.step > 0 and (self.state.step % self.every == 0 or self.state.step == self.steps)
 
     def _over(self) -> bool:
         """The user said so, or a job that was given minutes and not steps has used them up."""
@@ -244,11 +258,7 @@ class Run:
         """One optimizer step. Everything random in it is a function of (train_seed, step)."""
         begun, state, recipe = time.monotonic(), self.state, self.job.recipe
         state.optimizer.zero_grad(set_to_none=True)
-        try:
-            loss = self._backward(state.step, self.steps)
-        except torch.cuda.OutOfMemoryError as error:
-            raise WanLiteError("A training step does not fit into this card's memory.", "Everything up to the last step is kept.",
-                               "Type a new run name, and lower batch_size, the frames or the size of the LATENT, or keep fewer blocks.") from error
+        loss = self._backward(state.step, self.steps)
         norm = clip_grad_norm_(state.student.parameters(), recipe.max_grad_norm)
         if not torch.isfinite(loss + norm):
             raise WanLiteError(f"The loss is not finite at step {state.step + 1}.", "The weights were left as they were before it.",
@@ -309,11 +319,12 @@ class Run:
         state = self.state
         with state.average.in_place_of(state.student):
             held = yield from self._evaluate("evaluating")
-            latents = (yield from self._draw()) if self.samples else None
         best = self._keep_if_best(held.error)
         self.files.log(kind="eval", step=state.step, best=best, **asdict(held))
         yield Eval(step=state.step, held=held, plain_cut=self.plain, best=best)
-        if latents is not None:
+        if self.samples:
+            with state.average.in_place_of(state.student):
+                latents = yield from self._draw()
             yield Sample(step=state.step, latents=latents)
 
     def _keep_if_best(self, error: float) -> bool:

@@ -9,7 +9,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import WanLiteError
@@ -90,7 +90,16 @@ def put_in_place(moves: Sequence[tuple[Path, Path]], destination: Path) -> None:
         raise
     for _, aside in done:
         if aside.name.endswith(OLD):
-            shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
+            _remove(aside)
+
+
+def _remove(aside: Path) -> None:
+    """The new one is in place: what cannot be removed is left, and temporary_place says where."""
+    if aside.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def _undo(done: Sequence[tuple[Path, Path]]) -> None:

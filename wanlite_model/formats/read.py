@@ -93,7 +93,7 @@ def open_wan(path: Path) -> Iterator[WanFile]:
 
 
 def _only_safetensors(path: Path) -> Path:
-    if path.suffix.lower() == ".safetensors":
+    if path.suffix.lower() in (".safetensors", ".sft"):
         return path
     fix = {".gguf": "For now a student is made from a bf16, fp16 or fp8 file of this model: download one of these."}.get(
         path.suffix.lower(), "A pickle can run code when it is opened: convert it to safetensors first.")

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from ..config import WanConfig
 from ..errors import WanLiteError
+from ..files import patiently, read_json
 from .card import PREFIX, StudentCard
-from .container import Writer
+from .container import Writer, read_header
 from .keymap import wan_shapes
 from .place import check_name, put_in_place, sentence_for, temporary_place
 from .workflow import stock_workflow
 
 MODEL_FILE = "diffusion_model.safetensors"
+FORMAT = 1                              # of what is written beside the weights; its key also says that WanLite wrote the file
 INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"      # the name Wan-Video's WanModel.from_pretrained looks for
 WORKFLOW_END = ".workflow.json"
 
@@ -62,7 +64,7 @@ def write_student(destination: Path, *, config: WanConfig, tensors: Iterable[tup
     name = check_name(_name(destination, single))
     workflow = (workflow_folder and Path(workflow_folder).absolute() / (name + WORKFLOW_END)) if single else destination / (name + WORKFLOW_END)
     _check_free(destination, workflow if single else None, overwrite)
-    provenance = {**(card.to_json() if card else {}), **({"legacy": dict(legacy)} if legacy else {}),
+    provenance = {"format": FORMAT, **(card.to_json() if card else {}), **({"legacy": dict(legacy)} if legacy else {}),
                   **({"image_size": image_size} if image_size is not None else {})}
     try:
         with ExitStack() as stack:
@@ -108,6 +110,18 @@ def _check_free(destination: Path, workflow: Path | None, overwrite: bool) -> No
         if taken and not overwrite:
             raise WanLiteError(f"{path.name} is already there.", "Nothing is overwritten unless you say so.",
                                "Save under another name, or turn overwrite on.")
+    if destination.exists() and not _ours(destination):
+        raise WanLiteError(f"{destination.name} is already there, and WanLite did not write it.", "It would be lost.", "Save under another name.")
+
+
+def _ours(path: Path) -> bool:
+    """Whether WanLite wrote what is there, or nothing is."""
+    try:
+        if not path.is_dir():
+            return any(key.startswith(PREFIX) for key in read_header(path).metadata)
+        return not any(path.iterdir()) or "_wanlite" in read_json(path / "config.json")
+    except (OSError, ValueError, WanLiteError):
+        return False
 
 
 def _write_model(file: Path, config: WanConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None,
@@ -120,7 +134,7 @@ def _write_model(file: Path, config: WanConfig, tensors: Iterable[tuple[str, Ten
             writer.write(name, tensor, dtype)
             del tensor                                  # before the next one is made: one at a time
         size = writer.finish()
-    part.rename(file)
+    patiently(os.rename, part, file)
     with safe_open(file, framework="pt") as reference:  # the library every reader uses must agree with our own writer
         found = {name: tuple(reference.get_slice(name).get_shape()) for name in reference.keys()}
     if found != shapes:
