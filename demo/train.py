@@ -1,4 +1,4 @@
-"""Rebuilds demo/weights from nothing: `python -m demo.train`. About an hour on two idle CPU cores.
+"""Rebuilds demo/weights from nothing: `python -m demo.train`. An hour or more on two idle CPU cores (an estimate).
 
 Killed, the same command goes on: after the VAE, after the latents, or from the teacher's last 250 steps. What it needs
 beside the project's environment is a ComfyUI (see comfy_path). Intermediate files lie in output/demo_training.

@@ -73,9 +73,8 @@ def _report(job: DistillJob, measured: Measured, state: TrainState, planned: int
     on_what = (f"Measured on {held.states} states of {len(held_prompts)} prompts that were never trained on." if apart else
                 f"Measured on {held.states} states from other noise of the same prompts, since {HOLDOUT_PROMPTS} prompts are needed to hold "
                 "whole ones out: on new prompts the error may be larger.")
-    gain = plain.error / held.error if held.error > 0 else math.inf
-    compared = (f"{gain:.1f} times below the plain cut of the same size" if math.isfinite(gain) and gain > 1 else
-                "not below the plain cut of the same size" if plain.error <= held.error else "no error is left")
+    compared = (f"{plain.error / held.error:.1f} times below the plain cut of the same size" if 0 < held.error < plain.error else
+                "not below the plain cut of the same size" if held.error else "no error is left")
     lines = [
         f"Held-out velocity error against {target}: {held.error:.4f} (start {started.error:.4f}, plain cut {plain.error:.4f}): "
         f"{compared}. 0 would be the teacher itself.",
