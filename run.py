@@ -29,7 +29,7 @@ VENV_PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 COMFYUI = ROOT / ".comfyui"
 COMFYUI_STAMP = COMFYUI / "wanlite-setup.json"
 # PyTorch's threads meet after every operation. Waiting there for long takes the core from whoever still works, when another program
-# runs beside: a training step was then eight times slower. Sleeping at once is twice as slow on an idle machine. This is a moment.
+# runs beside; sleeping at once costs a wake-up each time, on an idle machine too. This is a moment's wait, then sleep.
 PATIENT = {"GOMP_SPINCOUNT": "2000"}
 
 # A matching set: the three must be built for each other.

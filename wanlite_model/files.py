@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from .errors import WanLiteError
 
 TEMPORARY = ".tmp"
+ENDINGS = (".safetensors", ".sft")      # of a file of weights, in lower case
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:

@@ -31,15 +31,16 @@ def parse_prompts(text: str) -> tuple[str, ...]:
 
 
 def trim(context: Tensor) -> Tensor:
-    """[L, 4096] or [1, L, 4096] without the zero padding at its end; at least one row. Raises WanLiteError on another width."""
+    """[L, 4096] or [1, L, 4096] without the zero padding at its end; at least one row. Raises WanLiteError on another width or over 512 rows."""
     rows = context.reshape(-1, context.shape[-1]) if context.ndim == 3 and len(context) == 1 else context
-    if rows.ndim == 2 and rows.shape[-1] == TEXT_DIM and len(rows) > TEXT_LEN and rows[TEXT_LEN:].any():
-        raise WanLiteError(f"A prompt has {len(rows)} tokens.", f"WAN reads {TEXT_LEN} of them.", "Shorten the longest prompt.")
     if rows.ndim != 2 or rows.shape[-1] != TEXT_DIM:
         raise WanLiteError(f"The text embedding has shape {list(context.shape)}.", f"WAN reads [1, up to {TEXT_LEN}, {TEXT_DIM}].",
                            "Encode with umt5-xxl: CLIPLoader with type 'wan'.")
     used = rows.ne(0).any(dim=-1).nonzero()
-    return rows[:int(used.max()) + 1 if len(used) else 1].clone().contiguous()
+    length = int(used.max()) + 1 if len(used) else 1
+    if length > TEXT_LEN:
+        raise WanLiteError(f"A prompt has {length} tokens.", f"WAN reads {TEXT_LEN} of them.", "Shorten the longest prompt.")
+    return rows[:length].clone().contiguous()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -7,9 +7,9 @@ from pathlib import Path
 import folder_paths
 
 from ...wanlite_model.errors import WanLiteError
+from ...wanlite_model.files import ENDINGS
 
 MODELS = "diffusion_models"
-SAFE = (".safetensors", ".sft")
 NONE = "none"
 
 
@@ -26,7 +26,7 @@ def models_folder() -> Path:
 
 def model_names() -> list[str]:
     """Safetensors files below the model folders as stock loaders name them, and WAN or diffusers folders with a slash at the end."""
-    files = [name for name in folder_paths.get_filename_list(MODELS) if name.lower().endswith(SAFE)]
+    files = [name for name in folder_paths.get_filename_list(MODELS) if name.lower().endswith(ENDINGS)]
     parents = sorted({os.path.dirname(name) for name in files} - {""})
     return [f"{parent.replace(os.sep, '/')}/" for parent in parents if _config_of(parent)] + files
 

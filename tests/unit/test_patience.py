@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from helpers_compress import SHAPE, counting_teacher, result_of
 
-from wanlite_model.compress.build import create_student
 from wanlite_model import files
+from wanlite_model.compress.build import create_student
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config import WanConfig
 from ..errors import WanLiteError
+from ..files import ENDINGS
 from ..formats.card import StudentCard
 from ..formats.read import WanFile, open_wan
 from ..formats.write import MODEL_FILE
@@ -29,7 +30,7 @@ class StudentHandle:
     def file(self) -> Path:
         """The file with the weights."""
         place = Path(self.folder)
-        return place if place.suffix.lower() in (".safetensors", ".sft") else place / MODEL_FILE
+        return place if place.suffix.lower() in ENDINGS else place / MODEL_FILE
 
     def open(self) -> AbstractContextManager[WanFile]:
         """The weights, for as long as the `with` lasts. Raises WanLiteError when they are gone or not whole."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..config import WanConfig
 from ..errors import WanLiteError
+from ..files import ENDINGS
 from .card import StudentCard, read_metadata
 from .container import DTYPES, Entry, read_header, read_tensor
 from .keymap import is_diffusers, to_wan_names, wan_shapes
@@ -93,7 +94,7 @@ def open_wan(path: Path) -> Iterator[WanFile]:
 
 
 def _only_safetensors(path: Path) -> Path:
-    if path.suffix.lower() in (".safetensors", ".sft"):
+    if path.suffix.lower() in ENDINGS:
         return path
     fix = {".gguf": "For now a student is made from a bf16, fp16 or fp8 file of this model: download one of these."}.get(
         path.suffix.lower(), "A pickle can run code when it is opened: convert it to safetensors first.")

@@ -120,7 +120,7 @@ def _ours(path: Path) -> bool:
         if not path.is_dir():
             return any(key.startswith(PREFIX) for key in read_header(path).metadata)
         return not any(path.iterdir()) or "_wanlite" in read_json(path / "config.json")
-    except (OSError, ValueError, WanLiteError):
+    except (OSError, ValueError, TypeError, WanLiteError):
         return False
 
 
