@@ -1,8 +1,10 @@
 """Installing the pack changes no installed package, beside the newest transformers and beside version 4."""
+import ast
 import json
 import subprocess
 import sys
 import venv
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -108,3 +110,38 @@ def test_comfyui_reads_the_packs_metadata(comfyui_folder):
 def test_the_licence_is_apache_2():
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
+
+
+def test_all_that_comfyui_imports_comes_with_the_demo_and_not_only_with_the_tests(comfyui_folder):
+    """The packages for the tests are in this environment too, and would hide one that the demo alone lacks."""
+    requirements = (comfyui_folder / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    brought = closure([*set_up.TORCH, *set_up.UNSAID, *set_up.CLIENT, *(line for line in requirements if line.strip() and line[0] not in "#-")])
+    owners = metadata.packages_distributions()
+    files = [comfyui_folder / name for name in ("main.py", "server.py", "execution.py", "nodes.py", "folder_paths.py")]
+    files += [path for folder in ("app", "comfy", "comfy_execution", "middleware", "utils") for path in (comfyui_folder / folder).rglob("*.py")]
+    imported = {name for path in files for name in modules_of(path)} - {path.stem for path in comfyui_folder.iterdir()}
+    lacking = {name for name in imported & owners.keys() if not brought & {canonicalize_name(owner) for owner in owners[name]}}
+    assert {"requests", "aiohttp", "transformers"} <= imported and lacking == set()
+
+
+def closure(requirements: list[str]) -> set[str]:
+    """The distributions that these bring along, as installed here."""
+    found, left = set(), [Requirement(line) for line in requirements]
+    while left:
+        requirement = left.pop()
+        name = canonicalize_name(requirement.name)
+        if name in found or requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        found.add(name)
+        try:
+            left += [Requirement(line) for line in metadata.requires(name) or ()]
+        except metadata.PackageNotFoundError:       # not for this system
+            continue
+    return found
+
+
+def modules_of(path: Path) -> set[str]:
+    """The top-level modules that a file imports as soon as it is itself imported."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    return ({alias.name.split(".")[0] for node in body if isinstance(node, ast.Import) for alias in node.names}
+            | {node.module.split(".")[0] for node in body if isinstance(node, ast.ImportFrom) and node.module and not node.level})
