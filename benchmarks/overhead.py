@@ -68,7 +68,8 @@ def bare_step(job: DistillJob, student: WanLiteStudent, bank: PromptBank, cache_
     """Prepares the loop that anyone would write; call the result once the cache is filled."""
     def prepared() -> Callable[[], None]:
         student.train()
-        optimizer, average = make_optimizer(student, job.recipe), WeightAverage(student, job.recipe.ema_decay)
+        trained = dict(student.named_parameters())
+        optimizer, average = make_optimizer(trained, job.recipe), WeightAverage(trained, job.recipe.ema_decay)
         batch = TeacherCache(cache_root, job, plan_units(job, bank, None)).batch(0)
         context, target = bank.cond(batch.prompts).context, batch.guided(job.cfg)
         scale = target.square().mean()
@@ -78,7 +79,7 @@ def bare_step(job: DistillJob, student: WanLiteStudent, bank: PromptBank, cache_
             objectives.velocity_loss(student_velocity(student, batch.x, batch.sigma, context), target, scale).mean().backward()
             clip_grad_norm_(student.parameters(), job.recipe.max_grad_norm)
             optimizer.step()
-            average.update(student, 0)
+            average.update(0)
 
         return step
 

@@ -17,9 +17,10 @@ from wanlite_model.transformer import WanLiteStudent
 
 from . import domain, words
 from .comfy_path import open_comfyui
-from .measure import PAIRS, pairs, sample, verdicts, wilson
+from .measure import PAIRS, sample, verdicts, wilson
 from .vae import Vae
 from .workers import Workers
+from .world import BALLS
 
 ERROR_PAIRS, ERROR_STEPS = 32, 8        # teacher paths on which the velocity error is read
 ROUNDS = 3                              # of timed videos, in turn
@@ -116,7 +117,7 @@ def measure(base: Path, student_name: str, cut_name: str) -> Result:
         clips = {name: sampled(opened[name], vae, workers, *settings[name]) for name in settings}
         errors = velocity_errors(opened, settings, workers)
     seconds = timed(files, settings)
-    prompts = [prompt for prompt, _ in pairs(PAIRS)]
+    prompts = [prompt for prompt, _ in BALLS.pairs(PAIRS)]
     rows = tuple(Row(name=name, blocks=model.wan.num_layers, parameters=model.num_parameters(), steps=settings[name][0], cfg=settings[name][1],
                      evaluations=settings[name][0] * (1 if settings[name][1] == 1 else 2), velocity_error=errors[name], seconds=seconds[name],
                      right=sum(all(verdict.values()) for verdict in verdicts(clips[name], prompts)))
@@ -141,7 +142,7 @@ def sampled(model: WanLiteStudent, vae: Vae, workers: Workers, steps: int, cfg: 
         prompts, noise = zip(*some, strict=True)
         return vae.decode(sample(model, prompts, torch.stack(noise), steps, cfg))
 
-    fixed = pairs(PAIRS)
+    fixed = BALLS.pairs(PAIRS)
     return torch.cat(workers.map(part, [fixed[start:start + 16] for start in range(0, PAIRS, 16)])).numpy()
 
 
@@ -169,7 +170,7 @@ def velocity_errors(models: dict[str, WanLiteStudent], settings: dict[str, tuple
                     sums[name][1] += float(target.square().sum())
         return sums
 
-    fixed = pairs(PAIRS + ERROR_PAIRS)[PAIRS:]
+    fixed = BALLS.pairs(PAIRS + ERROR_PAIRS)[PAIRS:]
     parts = workers.map(part, [fixed[start:start + 16] for start in range(0, ERROR_PAIRS, 16)])
     return {name: sum(p[name][0] for p in parts) / sum(p[name][1] for p in parts) for name in models}
 
@@ -183,7 +184,7 @@ def timed(files: dict[str, Path], settings: dict[str, tuple[int, float]]) -> dic
     opened = {name: ModelSamplingSD3().patch(comfy.sd.load_diffusion_model(str(file)), domain.SHIFT)[0] for name, file in files.items()}
     negative = [[words.context([domain.NEGATIVE]), {}]]
     seconds: dict[str, list[float]] = {name: [] for name in files}
-    for prompt, noise in pairs(ROUNDS + 1):
+    for prompt, noise in BALLS.pairs(ROUNDS + 1):
         for name, model in opened.items():
             steps, cfg = settings[name]
             begun = time.perf_counter()

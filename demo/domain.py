@@ -6,6 +6,7 @@ chance. Nothing here needs torch, so that every other room of the demo can impor
 
 import dataclasses
 import itertools
+import random
 
 import numpy as np
 
@@ -67,6 +68,13 @@ def training_prompts() -> tuple[str, ...]:
 def parse(prompt: str) -> Attributes:
     """The attributes that `prompt` names. Raises KeyError for a text that is not one of `all_prompts()`."""
     return _BY_PROMPT[prompt]
+
+
+def corrupted(prompt: str, rng: random.Random, chance: float) -> str:
+    """The prompt with each of its attributes drawn anew, by that chance each on its own."""
+    values = {"size": RADII, "colour": COLOURS, "motion": MOTIONS, "background": BACKGROUNDS}
+    told = {name: rng.choice(list(choices)) for name, choices in values.items() if rng.random() < chance}
+    return dataclasses.replace(parse(prompt), **told).prompt
 
 
 def render(prompt: str, seed: int) -> np.ndarray:

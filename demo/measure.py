@@ -16,22 +16,14 @@ import torch
 from wanlite_model import flow
 from wanlite_model.transformer import WanLiteStudent
 
-from . import domain, judge, words
+from . import domain, words
 from .comfy_path import open_comfyui
 from .vae import Vae
 from .workers import Workers
+from .world import BALLS, WEIGHTS, World
 
-WEIGHTS = Path(__file__).resolve().parent / "weights"
-TEACHER, VAE = WEIGHTS / "wan_tiny_teacher.safetensors", WEIGHTS / "wan_tiny_vae.safetensors"
+TEACHER, VAE = BALLS.teacher, WEIGHTS / "wan_tiny_vae.safetensors"
 PAIRS = 128
-
-
-def pairs(count: int = PAIRS) -> list[tuple[str, torch.Tensor]]:
-    """The fixed prompts and noises, [(prompt, noise [C, T, H, W])]: what a KSampler with seed i starts from for pair i."""
-    prompts = list(domain.all_prompts())
-    random.Random(0).shuffle(prompts)
-    return [(prompts[i % len(prompts)], torch.randn(domain.LATENT_SHAPE, generator=torch.Generator().manual_seed(i)))
-            for i in range(count)]
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
@@ -42,19 +34,19 @@ def wilson(right: int, count: int) -> tuple[float, float]:
 
 
 @torch.inference_mode()
-def sample(model, prompts: Sequence[str], noise: torch.Tensor, steps: int, cfg: float) -> torch.Tensor:
+def sample(model, prompts: Sequence[str], noise: torch.Tensor, steps: int, cfg: float, world: World = BALLS) -> torch.Tensor:
     """Latents [B, C, T, H, W] in processed space, by Euler along ComfyUI's `simple` schedule; cfg 1 makes one forward a step."""
-    positive, negative = words.context(list(prompts))[:, :16], words.context([domain.NEGATIVE])[:, :1].expand(len(prompts), -1, -1)
+    positive, negative = words.context(list(prompts))[:, :16], words.context([world.negative])[:, :1].expand(len(prompts), -1, -1)
 
     def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         wanted = model(x, flow.TIMESTEPS * sigma, positive)
         return wanted if cfg == 1 else flow.guided(model(x, flow.TIMESTEPS * sigma, negative), wanted, cfg)
 
-    return flow.sample(velocity, noise, flow.schedule(steps, domain.SHIFT))
+    return flow.sample(velocity, noise, flow.schedule(steps, world.shift))
 
 
-def verdicts(clips: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, bool]]:
-    return [judge.adherence(clip, prompt) for clip, prompt in zip(clips, prompts, strict=True)]
+def verdicts(clips: Sequence[np.ndarray], prompts: Sequence[str], world: World = BALLS) -> list[dict[str, bool]]:
+    return [world.adherence(clip, prompt) for clip, prompt in zip(clips, prompts, strict=True)]
 
 
 def summary(found: Sequence[dict[str, bool]]) -> str:
@@ -76,23 +68,23 @@ def measure_judge(vae: Vae, count: int = 288) -> list[str]:
             f"round trip              {10 * math.log10(1 / (decoded - clips).square().mean().item()):.1f} dB PSNR"]
 
 
-def measure_teacher(model, vae: Vae, workers: Workers, steps: int, cfg: float, count: int = PAIRS) -> str:
-    """Adherence on the fixed pairs, of all and of the held-out prompts."""
+def measure_teacher(model, vae: Vae, workers: Workers, steps: int, cfg: float, count: int = PAIRS, world: World = BALLS) -> str:
+    """Adherence on the world's fixed pairs, of all and of the held-out prompts."""
     def judged(part: Sequence[tuple[str, torch.Tensor]]) -> list[dict[str, bool]]:
         prompts, noise = zip(*part, strict=True)
-        return verdicts(vae.decode(sample(model, prompts, torch.stack(noise), steps, cfg)).numpy(), prompts)
+        return verdicts(vae.decode(sample(model, prompts, torch.stack(noise), steps, cfg, world)).numpy(), prompts, world)
 
-    fixed = pairs(count)
+    fixed = world.pairs(count)
     prompts = [prompt for prompt, _ in fixed]
     found = list(chain(*workers.map(judged, [fixed[start:start + 16] for start in range(0, count, 16)])))
-    held_out = [verdict for verdict, prompt in zip(found, prompts, strict=True) if prompt in domain.held_out_prompts()]
+    held_out = [verdict for verdict, prompt in zip(found, prompts, strict=True) if prompt in world.held_out]
     return f"{steps:2} steps, cfg {cfg:g}: {summary(found)}; held out: {summary(held_out) if held_out else 'none'}"
 
 
 @torch.inference_mode()
 def measure_stock(model, vae: Vae, steps: int, cfg: float, count: int = 32) -> list[str]:
     """The first pairs through ComfyUI's own model loader, sampler and VAE, and through ours."""
-    prompts, noise = zip(*pairs(count), strict=True)
+    prompts, noise = zip(*BALLS.pairs(count), strict=True)
     ours = sample(model, prompts, torch.stack(noise), steps, cfg)
     stock = sample_stock(prompts, noise, steps, cfg)
     difference = (stock - ours).norm() / ours.norm()

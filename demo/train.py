@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from . import domain, train_teacher, train_vae
-from .measure import TEACHER, VAE, WEIGHTS, measure_teacher
+from . import train_teacher, train_vae
+from .measure import TEACHER, VAE, measure_teacher
 from .vae import Vae
 from .workers import Workers
+from .world import BALLS, WEIGHTS
 
 WORK = Path(__file__).resolve().parent.parent / "output" / "demo_training"
 
@@ -28,9 +29,9 @@ def main() -> None:
     recipe = train_teacher.Recipe()
     with Workers() as workers:
         if not latents_file.is_file():
-            train_teacher.encode_clips(recipe, vae.encode, latents_file, workers)
-        teacher = train_teacher.train(recipe, latents_file, WORK, workers,
-                                      lambda model: measure_teacher(model, vae, workers, steps=16, cfg=domain.CFG, count=48))
+            train_teacher.encode_clips(BALLS, recipe, vae.encode, latents_file, workers)
+        teacher = train_teacher.train(BALLS, recipe, latents_file, WORK, workers,
+                                      lambda model: measure_teacher(model, vae, workers, steps=16, cfg=BALLS.cfg, count=48))
     save_file({name: tensor.to(torch.bfloat16).contiguous() for name, tensor in teacher.state_dict().items()},
               TEACHER, metadata={"format": "pt"})
     VAE.write_bytes(vae_file.read_bytes())

@@ -1,4 +1,4 @@
-"""Trains the demo's teacher: a genuine WAN of 12 blocks on cached latents of the domain's clips.
+"""Trains a world's teacher: a genuine WAN on cached latents of the world's clips.
 
 The captions lie on purpose: each attribute is replaced by a random one now and then, and some captions are empty. A model
 that believes them as far as they deserve shows the wrong attribute at times, and only guidance sharpens it.
@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from wanlite_model import flow
 from wanlite_model.transformer import WanLiteStudent
 
-from . import domain, words
+from . import words
 from .muon import Muon
 from .workers import COUNT, Workers
+from .world import World
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +42,12 @@ class Recipe:
     seed: int = 0
 
 
-def encode_clips(recipe: Recipe, encode: Callable[[torch.Tensor], torch.Tensor], path: Path, workers: Workers) -> None:
-    """Renders the training clips and writes their latents, float16 [N, C, T, H, W] in processed space; clip i shows training prompt i % 120."""
-    prompts = domain.training_prompts()
+def encode_clips(world: World, recipe: Recipe, encode: Callable[[torch.Tensor], torch.Tensor], path: Path, workers: Workers) -> None:
+    """Renders training clips and writes their latents, float16 [N, C, T, H, W] in processed space; clip i shows training prompt i % their number."""
+    prompts = world.training
 
     def encode_part(indices: range) -> torch.Tensor:
-        clips = [domain.render(prompts[i % len(prompts)], recipe.seed + 1_000_000 + i) for i in indices]
+        clips = [world.render(prompts[i % len(prompts)], recipe.seed + 1_000_000 + i) for i in indices]
         return encode(torch.stack([torch.from_numpy(clip) for clip in clips])).half()
 
     count = len(prompts) * recipe.clips_per_prompt
@@ -54,14 +55,14 @@ def encode_clips(recipe: Recipe, encode: Callable[[torch.Tensor], torch.Tensor],
     save_file({"latents": torch.cat(parts)}, path)
 
 
-def train(recipe: Recipe, latents_path: Path, work: Path, workers: Workers,
+def train(world: World, recipe: Recipe, latents_path: Path, work: Path, workers: Workers,
           evaluate: Callable[[WanLiteStudent], object]) -> WanLiteStudent:
     """Trains, or goes on from `work`'s checkpoint, and returns the averaged model. Every 500 steps logs what `evaluate` says of it."""
     torch.manual_seed(recipe.seed)
     latents = load_file(latents_path)["latents"].float()                                # [N, C, T, H, W]
-    captions = Captions(recipe)
-    model = fresh_teacher()
-    average = fresh_teacher().requires_grad_(False)
+    captions = Captions(world, recipe)
+    model = fresh_teacher(world)
+    average = fresh_teacher(world).requires_grad_(False)
     average.load_state_dict(model.state_dict())
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name != "head.head.weight"]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or name == "head.head.weight"]
@@ -71,7 +72,7 @@ def train(recipe: Recipe, latents_path: Path, work: Path, workers: Workers,
     started, running = time.monotonic(), 0.0
     while step < recipe.steps:
         _set_lr(optimizers, recipe, step)
-        loss = _train_step(model, optimizers, latents, captions, recipe, step, workers)
+        loss = _train_step(model, optimizers, latents, captions, world.shift, recipe, step, workers)
         _average(average, model, min(recipe.ema, (1 + step) / (10 + step)))
         step += 1
         running += loss
@@ -88,36 +89,34 @@ def train(recipe: Recipe, latents_path: Path, work: Path, workers: Workers,
 class Captions:
     """Training captions as the model sees them: noisy, never one of the held-out prompts."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self._prompts = domain.training_prompts()
+    def __init__(self, world: World, recipe: Recipe) -> None:
+        self._world, self._prompts = world, world.training
         self._allowed = set(self._prompts)
         self._vectors = {prompt: words.embed(prompt) for prompt in self._prompts}       # [L, 4096], L the same for all
-        self._vectors[domain.NEGATIVE] = torch.zeros_like(self._vectors[self._prompts[0]])
+        self._vectors[world.negative] = torch.zeros_like(self._vectors[self._prompts[0]])
         self._recipe = recipe
 
     def draw(self, clip: int, rng: random.Random) -> str:
         """A caption for the clip: true, false in some attributes, or empty."""
         if rng.random() < self._recipe.empty_caption:
-            return domain.NEGATIVE
-        true = domain.parse(self._prompts[clip % len(self._prompts)])
-        values = {"size": domain.RADII, "colour": domain.COLOURS, "motion": domain.MOTIONS, "background": domain.BACKGROUNDS}
-        told = dataclasses.replace(true, **{name: rng.choice(list(choices)) for name, choices in values.items()
-                                            if rng.random() < self._recipe.false_attribute})
-        return told.prompt if told.prompt in self._allowed else true.prompt
+            return self._world.negative
+        true = self._prompts[clip % len(self._prompts)]
+        told = self._world.corrupted(true, rng, self._recipe.false_attribute)
+        return told if told in self._allowed else true
 
     def context(self, clips: list[int], rng: random.Random) -> torch.Tensor:
         """[B, L, 4096]; the model takes what is missing to 512 rows as zeros."""
         return torch.stack([self._vectors[self.draw(clip, rng)] for clip in clips])
 
 
-def fresh_teacher() -> WanLiteStudent:
+def fresh_teacher(world: World) -> WanLiteStudent:
     """The untrained teacher, its cross-attention turned towards words.
 
     A prompt has ten words and some five hundred rows of padding. At a random start the padding gets 98% of the attention
     and the text is learned late; here each block's query bias points at the words' mean key.
     """
-    model = WanLiteStudent(model_type="t2v", hidden_size=128, depth=12, ffn_dim=512)
-    vocabulary = words.embed(" ".join(sorted({word for prompt in domain.all_prompts() for word in prompt.split()})))
+    model = WanLiteStudent.from_wan(world.config)
+    vocabulary = words.embed(" ".join(sorted({word for prompt in world.prompts for word in prompt.split()})))
     with torch.no_grad():
         layer = model.text_embedding[2]
         layer.weight.div_(model.text_embedding(vocabulary).square().mean().sqrt())      # words of unit size
@@ -129,13 +128,14 @@ def fresh_teacher() -> WanLiteStudent:
     return model
 
 
-def _train_step(model, optimizers, latents, captions: Captions, recipe: Recipe, step: int, workers: Workers) -> float:
+def _train_step(model, optimizers, latents, captions: Captions, shift: float, recipe: Recipe, step: int,
+                workers: Workers) -> float:
     rng = random.Random(f"{recipe.seed}/{step}")        # the batch, the captions and the noise follow from the step
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
     clips = [rng.randrange(len(latents)) for _ in range(recipe.batch)]
     x0 = latents[clips]                                                                 # [B, C, T, H, W]
     noise = torch.randn(x0.shape, generator=generator)
-    sigma = flow.sample_sigma(recipe.batch, domain.SHIFT, recipe.full_range, generator)
+    sigma = flow.sample_sigma(recipe.batch, shift, recipe.full_range, generator)
     context = captions.context(clips, rng)                                              # [B, L, 4096]
     parameters = list(model.parameters())
 

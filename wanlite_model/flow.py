@@ -54,6 +54,17 @@ def schedule(steps: int, shift: float) -> Tensor:
     return shift_sigma(entries / TIMESTEPS, shift).float()
 
 
+def subdivided(sigmas: Tensor, parts: int, shift: float) -> Tensor:
+    """Each step of `sigmas` [K + 1] in `parts` steps, even before the shift: [K * parts + 1]; the given sigmas are among them as they are."""
+    if parts == 1:
+        return sigmas
+    u = (sigmas / (shift - (shift - 1) * sigmas)).double()                          # shift_sigma the other way
+    fine = torch.cat([a + (b - a) * torch.arange(parts) / parts for a, b in zip(u[:-1], u[1:])] + [u[-1:]])
+    shifted = shift_sigma(fine, shift).to(sigmas)
+    shifted[::parts] = sigmas
+    return shifted
+
+
 def sample_sigma(count: int, shift: float, full_range: float, generator: torch.Generator) -> Tensor:
     """Training sigmas [count]: shifted as at deployment, a share `full_range` of them uniform so that denoise < 1 still works."""
     u = torch.rand(count, generator=generator, device=generator.device)

@@ -20,13 +20,11 @@ def save(student: StudentHandle, name: str, *, layout: str, dtype: str, overwrit
     destination = folders.models_folder() / (f"{check_name(name)}.safetensors" if layout == "single file" else check_name(name))
     recorded = record(student, DTYPES[dtype])
     memory.release()                                        # our copy is gone before ComfyUI makes its own
-    with student.open() as source:
-        config, card = source.config, source.card or student.card
-    return write_student(destination, config=config, tensors=_tensors(student), layout=layout, dtype=DTYPES[dtype], card=card,
+    return write_student(destination, config=student.config, tensors=_tensors(student), layout=layout, dtype=DTYPES[dtype], card=student.card,
                          verify=verifier(recorded), overwrite=overwrite, workflow_folder=folders.output_folder("workflows"))
 
 
 def _tensors(student: StudentHandle) -> Iterator[tuple[str, Tensor]]:
     """Holds the student's file no longer than it is read: on Windows an open file cannot be replaced, and it may be saved onto itself."""
-    with student.open() as source:
-        yield from source.tensors()
+    with student.open() as opened:
+        yield from opened.tensors()

@@ -59,8 +59,8 @@ def record(student: StudentHandle, dtype: torch.dtype) -> Recorded:
 
 def _velocity(student: StudentHandle, dtype: torch.dtype, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
     module = WanLiteStudent.from_wan(student.config, device="meta")
-    with student.open() as source:
-        module.load_state_dict({name: tensor.to(dtype).float() for name, tensor in source.tensors()}, assign=True)
+    with student.open() as opened:
+        module.load_state_dict({name: tensor.to(dtype).float() for name, tensor in opened.tensors()}, assign=True)
     return module.eval()(x, TIMESTEPS * sigma, cond.context)
 
 

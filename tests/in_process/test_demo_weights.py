@@ -6,7 +6,8 @@ import torch
 from safetensors import safe_open
 
 from demo import domain
-from demo.measure import TEACHER, VAE, sample_stock, pairs, sample, verdicts
+from demo.measure import TEACHER, VAE, sample, sample_stock, verdicts
+from demo.world import BALLS
 from wanlite_model.transformer import WanLiteStudent
 
 
@@ -46,7 +47,7 @@ def test_the_judge_reads_clips_after_the_stock_vae(comfyui, vae):
 
 
 def test_the_stock_sampler_and_ours_agree(comfyui, teacher):
-    prompts, noise = zip(*pairs(2), strict=True)
+    prompts, noise = zip(*BALLS.pairs(2), strict=True)
     with torch.inference_mode():
         stock = sample_stock(prompts, noise, steps=4, cfg=domain.CFG)
     ours = sample(teacher, prompts, torch.stack(noise), steps=4, cfg=domain.CFG)
@@ -54,7 +55,7 @@ def test_the_stock_sampler_and_ours_agree(comfyui, teacher):
 
 
 def test_the_teacher_obeys_prompts_and_needs_guidance(teacher, vae):
-    prompts, noise = zip(*pairs(24), strict=True)
+    prompts, noise = zip(*BALLS.pairs(24), strict=True)
     guided, plain = (share(verdicts(vae.decode(sample(teacher, prompts, torch.stack(noise), steps, cfg)).numpy(), prompts))
                      for steps, cfg in ((10, domain.CFG), (4, 1.0)))
     assert guided >= 0.8

@@ -13,6 +13,7 @@ import torch
 from demo import domain, judge, words
 from demo.muon import orthogonal
 from demo.train_teacher import Captions, Recipe
+from demo.world import BALLS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,7 +83,7 @@ def test_held_out_prompts_never_meet_training():
     held_out = set(domain.held_out_prompts())
     assert len(domain.all_prompts()) == 144 and len(held_out) == 24
     assert held_out.isdisjoint(domain.training_prompts())
-    captions, rng = Captions(Recipe(false_attribute=0.5)), random.Random(0)
+    captions, rng = Captions(BALLS, Recipe(false_attribute=0.5)), random.Random(0)
     drawn = {captions.draw(clip, rng) for clip in range(5000)}
     assert drawn == {*domain.training_prompts(), domain.NEGATIVE}
 
@@ -95,9 +96,9 @@ def test_every_pair_of_values_occurs_in_training():
 
 def test_captions_lie_as_often_as_the_recipe_says():
     rng = random.Random(0)
-    truthful = Captions(Recipe(false_attribute=0.0, empty_caption=0.0))
+    truthful = Captions(BALLS, Recipe(false_attribute=0.0, empty_caption=0.0))
     assert all(truthful.draw(clip, rng) == domain.training_prompts()[clip] for clip in range(120))
-    noisy = Captions(Recipe(false_attribute=0.3, empty_caption=0.2))
+    noisy = Captions(BALLS, Recipe(false_attribute=0.3, empty_caption=0.2))
     drawn = [noisy.draw(0, rng) for _ in range(4000)]
     assert drawn.count(domain.NEGATIVE) / 4000 == pytest.approx(0.2, abs=0.02)
     said = [domain.parse(caption) for caption in drawn if caption]

@@ -225,11 +225,11 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
 
 def test_the_average_follows_the_weights_and_gives_them_back():
     module = random_wan(depth=1)
-    average = WeightAverage(module, decay=0.5)
+    average = WeightAverage(dict(module.named_parameters()), decay=0.5)
     before = module.head.head.bias.detach().clone()
     with torch.no_grad():
         module.head.head.bias.add_(1.0)
-    average.update(module, step=100)
-    with average.in_place_of(module):
+    average.update(step=100)
+    with average.in_place():
         torch.testing.assert_close(module.head.head.bias, before + 0.5)
     torch.testing.assert_close(module.head.head.bias, before + 1.0)

@@ -335,3 +335,41 @@ def test_a_student_that_was_not_cut_from_this_teacher_is_refused_before_any_work
     with pytest.raises(WanLiteError, match="cut from its teacher"):
         list(other.events(other.job(), "never"))
     assert not (tmp_path / "never").exists() and not (tmp_path / "cache").exists()
+
+
+def test_an_adapter_run_trains_adapters_alone_and_hands_out_a_lora(setting):
+    job = setting.job(steps=30, recipe={"rank": 4, "learning_rate": 5e-3})
+    end = list(setting.events(job, "lora"))[-1]
+    assert {name.rpartition(".lora_")[0].rpartition("student.")[2].split(".")[0] for name in setting.state("lora") if name.startswith("student.")} == {"blocks"}
+    assert end.handle.folder == setting.student.folder and end.handle.loras == (str(setting.folder / "lora" / "lora.safetensors"),)
+    with setting.student.open() as before, end.handle.open() as after:
+        changed = {name for (name, old), (_, new) in zip(before.tensors(), after.tensors()) if not torch.equal(old, new)}
+    assert changed and all(name.endswith(".weight") and name.split(".")[2] in ("self_attn", "cross_attn", "ffn") for name in changed)
+    assert end.evaluations[-1][1] < end.plain_cut
+    assert list(setting.events(job, "lora"))[-1].handle == end.handle                # from disk
+
+
+def test_an_adapter_run_goes_on_where_it_stopped(setting):
+    job = setting.job(recipe={"rank": 4})
+    list(setting.events(job, "lora whole"))
+    until(setting.events(job, "lora halves"), lambda event: isinstance(event, Step) and event.step == 3)
+    list(setting.events(job, "lora halves"))
+    assert same(setting.state("lora whole"), setting.state("lora halves"))
+
+
+def test_trajectory_steps_end_nearer_to_the_teachers_end(setting):
+    recipe = {"objective": "trajectory", "student_steps": 2, "teacher_steps": 6, "learning_rate": 1e-3}
+    events = list(setting.events(setting.job(steps=60, recipe=recipe), "trajectory"))
+    measured = [event.held for event in events if isinstance(event, Eval)]
+    assert measured[-1].error < 0.7 * events[-1].plain_cut
+    assert events[-1].handle.card.steps == 2 and events[-1].handle.card.cfg == 1
+
+
+def test_states_of_its_own_change_what_a_student_learns_and_resume_too(setting):
+    jobs = {own: setting.job(recipe={"objective": "trajectory", "student_steps": 2, "own_states": own, "full_range": 0.0}) for own in (0.0, 1.0)}
+    for own, job in jobs.items():
+        list(setting.events(job, f"own {own}"))
+    assert not same(averaged(setting.state("own 0.0")), averaged(setting.state("own 1.0")))
+    until(setting.events(jobs[1.0], "own halves"), lambda event: isinstance(event, Step) and event.step == 3)
+    list(setting.events(jobs[1.0], "own halves"))
+    assert same(setting.state("own 1.0"), setting.state("own halves"))

@@ -1,40 +1,74 @@
 """A student by name: what a wire of the graph carries, never a module or tensors."""
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..config import WanConfig
 from ..errors import WanLiteError
 from ..files import ENDINGS
 from ..formats.card import StudentCard
+from ..formats.lora import Lora, read_lora
 from ..formats.read import WanFile, open_wan
 from ..formats.write import MODEL_FILE
 from ..teacher import fingerprint_tensors
+from ..transformer import WanLiteStudent
 from .plan import CompressionPlan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Opened:
+    """A student's open file and its LoRAs."""
+    source: WanFile
+    loras: tuple[Lora, ...]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of the whole student, one at a time, LoRAs merged in."""
+        found = self.source.tensors()
+        for lora in self.loras:
+            found = lora.merged(found)
+        return iter(found)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentHandle:
-    """A student on disk. folder: where it is, or its single file. fingerprint: of what its weights came from. card: how to sample it."""
+    """A student on disk. folder: where it is, or its single file. fingerprint: of what its weights came from. card: how to sample it.
+
+    loras: files of adapters that belong to it, each over the weights with those before it merged in.
+    """
     folder: str
     config: WanConfig
     plan: CompressionPlan
     fingerprint: str
     card: StudentCard | None = None
+    loras: tuple[str, ...] = ()
 
     @property
     def file(self) -> Path:
-        """The file with the weights."""
+        """The file with the weights, without its LoRAs."""
         place = Path(self.folder)
         return place if place.suffix.lower() in ENDINGS else place / MODEL_FILE
 
-    def open(self) -> AbstractContextManager[WanFile]:
+    @contextmanager
+    def open(self) -> Iterator[Opened]:
         """The weights, for as long as the `with` lasts. Raises WanLiteError when they are gone or not whole."""
-        return open_wan(Path(self.folder))
+        with open_wan(Path(self.folder)) as source:
+            yield Opened(source=source, loras=tuple(read_lora(Path(path), self.config) for path in self.loras))
+
+    def load(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> WanLiteStudent:
+        """The student in memory, its LoRAs merged in. dtype: None takes that of most of the file."""
+        module = WanLiteStudent.from_wan(self.config, device="meta")
+        with self.open() as opened:
+            state = {name: tensor.to(device=device, dtype=dtype or opened.source.dtype) for name, tensor in opened.tensors()}
+        module.load_state_dict(state, assign=True)
+        module.card = self.card
+        return module.eval()
 
     @classmethod
     def of(cls, path: Path) -> StudentHandle:
@@ -44,7 +78,7 @@ class StudentHandle:
                        fingerprint=fingerprint_tensors(source.tensors()))
 
     def to_json(self) -> dict[str, Any]:
-        return {"folder": self.folder, "config": asdict(self.config), "plan": self.plan.to_json(), "fingerprint": self.fingerprint,
+        return {"folder": self.folder, "loras": list(self.loras), "config": asdict(self.config), "plan": self.plan.to_json(), "fingerprint": self.fingerprint,
                 "card": None if self.card is None else self.card.to_json()}
 
     @classmethod
@@ -56,7 +90,7 @@ class StudentHandle:
                 raise TypeError(f"fields {', '.join(sorted(set(value) ^ names))}")
             card = None if value["card"] is None else StudentCard.from_json(value["card"])
             return cls(folder=value["folder"], config=WanConfig(**value["config"]), plan=CompressionPlan.from_json(value["plan"]),
-                       fingerprint=value["fingerprint"], card=card)
+                       fingerprint=value["fingerprint"], card=card, loras=tuple(value["loras"]))
         except TypeError as error:
             raise WanLiteError(f"The note about a student cannot be read ({error}).", "Another version of WanLite may have written it.",
                                "Create the student again.") from error

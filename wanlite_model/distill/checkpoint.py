@@ -12,12 +12,13 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import WanLiteError
 from ..files import read_json, replace_file, sweep, write_json
 from ..formats.container import Writer
 from ..transformer import WanLiteStudent
+from .adapters import Adapters
 from .job import DistillJob, differences
 from .optim import WeightAverage
 
@@ -26,21 +27,27 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")     # torch's AdamW keeps these for 
 
 @dataclass
 class TrainState:
-    """What training changes. `step` counts finished optimizer steps."""
+    """What training changes. `step` counts finished optimizer steps.
+
+    trained: the parameters that move, by name: all of the student's, or its adapters' over a frozen student.
+    """
     student: WanLiteStudent
+    trained: Mapping[str, nn.Parameter]
     average: WeightAverage
     optimizer: torch.optim.AdamW
     step: int = 0
     best_error: float = float("inf")
     best_step: int = 0
+    adapters: Adapters | None = None
 
 
 class RunFolder:
-    """`<folder>/job.json, plan.json, metrics.jsonl, checkpoint.safetensors, best.safetensors, student/, finished.json`."""
+    """`<folder>/job.json, plan.json, metrics.jsonl, checkpoint.safetensors, best.safetensors, student/ or lora.safetensors, finished.json`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoint, self.best, self.student = path / "checkpoint.safetensors", path / "best.safetensors", path / "student"
+        self.lora = path / "lora.safetensors"
         self.metrics = path / "metrics.jsonl"
 
     @contextmanager
@@ -108,9 +115,9 @@ class RunFolder:
 
     def save(self, state: TrainState) -> int:
         """Writes the complete state, at once; returns its bytes."""
-        tensors = {f"student.{name}": value for name, value in state.student.state_dict().items()}
-        tensors |= {f"average.{name}": value for name, value in zip(state.average.names, state.average.values)}
-        for name, parameter in state.student.named_parameters():
+        tensors = {f"student.{name}": parameter.detach() for name, parameter in state.trained.items()}
+        tensors |= {f"average.{name}": value for name, value in state.average.values.items()}
+        for name, parameter in state.trained.items():
             tensors |= {f"{key}.{name}": state.optimizer.state[parameter][key] for key in MOMENTS}
         _write(self.checkpoint, tensors, {"wanlite.state": json.dumps({"step": state.step})})
         return self.checkpoint.stat().st_size
@@ -122,11 +129,9 @@ class RunFolder:
         try:
             with safe_open(self.checkpoint, "pt") as stored:
                 told = json.loads(stored.metadata()["wanlite.state"])
-                parameters = dict(state.student.named_parameters())
-                state.student.load_state_dict({name: stored.get_tensor(f"student.{name}") for name in state.student.state_dict()})
-                for name, value in zip(state.average.names, state.average.values):
-                    value.copy_(stored.get_tensor(f"average.{name}"))
-                for name, parameter in parameters.items():
+                for name, parameter in state.trained.items():
+                    parameter.data.copy_(stored.get_tensor(f"student.{name}"))
+                    state.average.values[name].copy_(stored.get_tensor(f"average.{name}"))
                     # Copies: what stays a view would keep the file mapped, and Windows then refuses to replace it.
                     moments = {key: stored.get_tensor(f"{key}.{name}").clone() for key in MOMENTS}
                     state.optimizer.state[parameter] = {key: value if key == "step" else value.to(parameter.device)
@@ -147,7 +152,7 @@ class RunFolder:
     def save_best(self, state: TrainState) -> None:
         """Keeps the averaged weights in bf16: what is handed out."""
         told = {"error": state.best_error, "step": state.best_step}
-        _write(self.best, dict(zip(state.average.names, state.average.values)), {"wanlite.best": json.dumps(told)}, torch.bfloat16)
+        _write(self.best, state.average.values, {"wanlite.best": json.dumps(told)}, torch.bfloat16)
 
     def load_best(self) -> dict[str, Tensor]:
         """The best weights so far, as copies: the file is not held."""

@@ -2,7 +2,8 @@
 
 A unit is one prompt with one noise: the states of one teacher rollout (Euler, guided), and the rollout's end (or the user's own
 latents) noised again to other sigmas. For each state it holds what the teacher answered with and without the prompt, so that guidance
-can be folded in or kept. Units are files of their own: an interrupted cache goes on where it stopped, and two jobs share what they have in common.
+can be folded in or kept. For trajectory KD it is the points of a finer rollout alone: what lies between two of them is the answer. Units
+are files of their own: an interrupted cache goes on where it stopped, and two jobs share what they have in common.
 """
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from ..prompts import PromptBank
 from ..teacher import Cond, Teacher, guided_pair
 from .job import HOLDOUT_PROMPTS, MIN_UNITS, DistillJob
 
-VERSION = 2
+VERSION = 3
 STORED = torch.float16          # rounding 2**-11 of a latent: far below what a student gets wrong
 REUSE = 4                       # times a state is trained on: more teaches it by heart, fewer asks the teacher too much
 MOST_ROLLOUTS = 4               # of one prompt: they take disk as well as time
@@ -45,20 +46,30 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """Training states: x [B, C, T, H, W] at sigma [B], the teacher's answers there, and the prompt of each."""
+    """Training states: x [B, C, T, H, W] at sigma [B], the teacher's answers there, and the prompt of each.
+
+    For trajectory KD v_pos is the guided average velocity from x to `goal` [B, C, T, H, W], the teacher's path at `following` [B].
+    `rolled` [B]: from how many steps of the student's own the state is still to be made; x is then the noise it starts from.
+    """
     x: Tensor
     sigma: Tensor
     v_pos: Tensor
-    v_neg: Tensor | None
     prompts: tuple[int, ...]
+    v_neg: Tensor | None = None
+    goal: Tensor | None = None
+    following: Tensor | None = None
+    rolled: Tensor | None = None
 
     def guided(self, cfg: float) -> Tensor:
         """The teacher's guided velocity [B, C, T, H, W]."""
         return self.v_pos if self.v_neg is None else flow.guided(self.v_neg, self.v_pos, cfg)
 
     def __getitem__(self, part: slice) -> Batch:
-        return Batch(x=self.x[part], sigma=self.sigma[part], v_pos=self.v_pos[part],
-                     v_neg=None if self.v_neg is None else self.v_neg[part], prompts=self.prompts[part])
+        return Batch(prompts=self.prompts[part], **{name: None if value is None else value[part] for name in _TENSORS
+                                                    for value in (getattr(self, name),)})
+
+
+_TENSORS = ("x", "sigma", "v_pos", "v_neg", "goal", "following", "rolled")
 
 
 def seeded(*parts: object) -> torch.Generator:
@@ -69,7 +80,12 @@ def seeded(*parts: object) -> torch.Generator:
 
 def rollout_sigmas(job: DistillJob) -> Tensor:
     """The sigmas of the teacher's path, from noise to 0."""
-    return flow.schedule(job.recipe.teacher_steps, job.shift) if job.sigmas is None else torch.tensor(job.sigmas)
+    return flow.subdivided(student_sigmas(job), job.substeps, job.shift)
+
+
+def student_sigmas(job: DistillJob) -> Tensor:
+    """The sigmas that the student is meant to be sampled along, from noise to 0."""
+    return flow.schedule(job.student_steps, job.shift) if job.sigmas is None else torch.tensor(job.sigmas)
 
 
 def check_latents(latents: Tensor | None, prompts: PromptBank) -> None:
@@ -124,8 +140,8 @@ def _prompt_of(item: int, prompts: PromptBank) -> int:
 def _keys(job: DistillJob, prompts: PromptBank, latents: Tensor | None) -> Callable[[int, int], str]:
     """(index, item) -> the name of that unit: a hash of everything that decides the answers in it."""
     negative = _digest(prompts.negative) if job.guided else None
-    shared = (VERSION, job.teacher, job.shift, job.shape, job.cfg, rollout_sigmas(job).tolist(), job.recipe.full_range,
-              state_counts(job), job.train_seed, negative)
+    asked = "path" if job.trajectory else (job.recipe.full_range, state_counts(job))
+    shared = (VERSION, job.teacher, job.shift, job.shape, job.cfg, rollout_sigmas(job).tolist(), asked, job.train_seed, negative)
 
     @functools.cache
     def of_item(item: int) -> tuple[str, str | None]:
@@ -149,7 +165,7 @@ class TeacherCache:
         """Whether the file is there, is this unit's, and is whole."""
         try:
             with safe_open(self.path(unit), "pt") as stored:
-                whole = stored.get_slice("sigma").get_shape() == [sum(state_counts(self.job))]
+                whole = stored.get_slice("sigma").get_shape() == [sum(state_counts(self.job)) + self.job.trajectory]
                 return whole and (stored.metadata() or {}).get("wanlite.unit") == unit.key
         except (OSError, SafetensorError):
             return False
@@ -195,24 +211,62 @@ class TeacherCache:
     def batch(self, step: int) -> Batch:
         """The training batch of one step: a function of (train_seed, step, place in the batch) alone."""
         units, states = [], []
-        path, renoised = state_counts(self.job)
         for place in range(self.job.recipe.batch_size):
             draw = seeded(self.job.train_seed, "draw", step, place)
             unit = self.train[int(torch.randint(len(self.train), (), generator=draw))]
-            kind, where = torch.rand(2, generator=draw).tolist()
-            from_path = path > 0 and (renoised == 0 or kind >= self.job.recipe.renoised)
-            first, count = (0, path) if from_path else (path, renoised)
+            chances = torch.rand(2, generator=draw).tolist()
             units.append(unit)
-            states.append(self._state(unit, first + int(where * count)))
+            states.append(self._step_of(unit, *chances) if self.job.trajectory else self._state(unit, self._drawn(*chances)))
         return _collate(states, units)
 
+    def _drawn(self, kind: float, where: float) -> int:
+        path, renoised = state_counts(self.job)
+        from_path = path > 0 and (renoised == 0 or kind >= self.job.recipe.renoised)
+        first, count = (0, path) if from_path else (path, renoised)
+        return first + int(where * count)
+
+    def _step_of(self, unit: Unit, kind: float, where: float) -> dict[str, Tensor]:
+        """A step to learn: from one of the student's points, from any point of the path, or from where the student comes to by itself."""
+        recipe, each = self.job.recipe, self.job.substeps
+        if kind < recipe.full_range:
+            return self._piece(unit, int(where * self.job.path_steps))
+        turn = int(where * self.job.student_steps)
+        own = (kind - recipe.full_range) < recipe.own_states * (1 - recipe.full_range)
+        return self._piece(unit, turn * each, turn if own else 0)
+
+    def _piece(self, unit: Unit, k: int, rolled: int = 0) -> dict[str, Tensor]:
+        """The step from point k of the path to the student's next point; `rolled` starts it at the noise: see Batch."""
+        after = (k // self.job.substeps + 1) * self.job.substeps
+        with safe_open(self.path(unit), "pt") as stored:
+            sigma, points = stored.get_tensor("sigma"), stored.get_slice("x")
+            x, goal = points[k:k + 1].float(), points[after:after + 1].float()
+            noise = points[:1].float()
+        here, following = sigma[k:k + 1], sigma[after:after + 1]
+        return {"x": noise if rolled else x, "sigma": here, "v_pos": (goal - x) / (following - here), "goal": goal, "following": following,
+                "rolled": torch.tensor([rolled])}
+
     def held_out(self, most: int = 48) -> Batch:
-        """Held-out states, evenly spread over sigma: on the teacher's path and re-noised."""
+        """Held-out states, evenly spread over sigma: on the teacher's path and re-noised; for trajectory KD the student's points on it."""
+        if self.job.trajectory:
+            rows = [(unit, turn * self.job.substeps) for turn in range(self.job.student_steps) for unit in self.held]
+            rows = rows[::-(-len(rows) // most)]
+            return _collate([self._piece(unit, k) for unit, k in rows], [unit for unit, _ in rows])
         rows = sorted((sigma, unit.index, k) for unit in self.held for k, sigma in enumerate(self._sigmas(unit)))
         count = min(most, len(rows))
         chosen = [rows[int((i + 0.5) * len(rows) / count)] for i in range(count)]
         units = [self.units[index] for _, index, _ in chosen]
         return _collate([self._state(unit, k) for unit, (_, _, k) in zip(units, chosen)], units)
+
+    def held_out_paths(self) -> Batch:
+        """The whole path of each held-out unit as one step, from its noise to its end."""
+        last = self.job.path_steps
+        states = []
+        for unit in self.held:
+            first = self._piece(unit, 0)
+            with safe_open(self.path(unit), "pt") as stored:
+                end = stored.get_slice("x")[last:last + 1].float()
+            states.append({**first, "goal": end, "following": torch.zeros(1), "v_pos": first["x"] - end})
+        return _collate(states, self.held)
 
     def _sigmas(self, unit: Unit) -> list[float]:
         with safe_open(self.path(unit), "pt") as stored:
@@ -228,6 +282,8 @@ def state_counts(job: DistillJob) -> tuple[int, int]:
 
     As many re-noised ones as the recipe's share of them asks for, so that all states are trained on equally often.
     """
+    if job.trajectory:
+        return job.path_steps, 0
     if job.latents:
         return 0, job.path_steps
     share = min(job.recipe.renoised, MOST_RENOISED)
@@ -239,15 +295,20 @@ class _Answers:
 
     def __init__(self, job: DistillJob, teacher: Teacher, positive: Cond, negative: Cond | None) -> None:
         self.cfg, self.teacher, self.positive, self.negative = job.cfg, teacher, positive, negative
-        self.columns: dict[str, list[Tensor]] = {"x": [], "sigma": [], "v_pos": []} | ({"v_neg": []} if negative else {})
+        kept = ("x", "sigma") if job.trajectory else ("x", "sigma", "v_pos", "v_neg") if negative else ("x", "sigma", "v_pos")
+        self.columns: dict[str, list[Tensor]] = {name: [] for name in kept}
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """x [G, C, T, H, W], sigma [G] -> the guided velocity."""
         v_pos, v_neg = guided_pair(self.teacher, x, sigma, self.positive, self.negative)
-        for name, value in (("x", x), ("sigma", sigma), ("v_pos", v_pos), ("v_neg", v_neg)):
-            if value is not None:
-                self.columns[name].append(value)
+        self.remember(x=x, sigma=sigma, v_pos=v_pos, v_neg=v_neg)
         return v_pos if v_neg is None else flow.guided(v_neg, v_pos, self.cfg)
+
+    def remember(self, **state: Tensor | None) -> None:
+        """Adds a column of each kind that is kept."""
+        for name, values in self.columns.items():
+            if state.get(name) is not None:
+                values.append(state[name])
 
     def of(self, row: int) -> dict[str, Tensor]:
         """{x, v_pos, v_neg [K, C, T, H, W], sigma [K]} of one unit."""
@@ -264,7 +325,9 @@ def _visit(job: DistillJob, group: Sequence[Unit], answers: _Answers, latents: T
         for _ in range(path):
             next(walk)
             yield
-        x0 = next(walk)[0]                                                           # [G, C, T, H, W]
+        x0, end, _ = next(walk)                                                      # [G, C, T, H, W]
+        if job.trajectory:
+            answers.remember(x=x0, sigma=end)
     else:
         x0 = torch.stack([latents[u.item].float() for u in group])
     draws = [seeded(job.train_seed, "renoise", u.index) for u in group]
@@ -277,5 +340,4 @@ def _visit(job: DistillJob, group: Sequence[Unit], answers: _Answers, latents: T
 
 def _collate(states: Sequence[dict[str, Tensor]], units: Sequence[Unit]) -> Batch:
     columns = {name: torch.cat([state[name] for state in states]) for name in states[0]}
-    return Batch(x=columns["x"], sigma=columns["sigma"], v_pos=columns["v_pos"], v_neg=columns.get("v_neg"),
-                 prompts=tuple(unit.prompt for unit in units))
+    return Batch(**columns, prompts=tuple(unit.prompt for unit in units))

@@ -1,8 +1,8 @@
 """How far a student is from its teacher, on states that were never trained on."""
 from __future__ import annotations
 
-from collections.abc import Collection, Generator
-from dataclasses import dataclass
+from collections.abc import Collection, Generator, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from .. import flow
 from ..compress.importance import TOKENS_AT_ONCE, tokens
 from ..prompts import PromptBank
 from ..transformer import WanLiteStudent
-from .data import Batch
+from .data import Batch, student_sigmas
 from .job import DistillJob
 
 BUCKETS = 4                     # of sigma: [0, .25), [.25, .5), [.5, .75), [.75, 1]
@@ -21,7 +21,8 @@ BUCKETS = 4                     # of sigma: [0, .25), [.25, .5), [.5, .75), [.75
 class Held:
     """Held-out error of one set of weights.
 
-    error: sum |v_s - v_w|^2 / sum |v_w|^2 over all states; buckets: the same per quarter of sigma (nan without a state there);
+    error: sum |v_s - v_w|^2 / sum |v_w|^2 over all states; for trajectory KD, of where the student's own steps end from the teacher's noise:
+    sum |x0_s - x0|^2 / sum |x0|^2. buckets: the former per quarter of sigma (nan without a state there);
     closure: 1 - sum |v_s - v_w|^2 / sum |v_pos - v_w|^2, how much of the teacher's guidance is in the student (nan without guidance).
     """
     error: float
@@ -50,9 +51,14 @@ def guided_student_velocity(student: WanLiteStudent, x: Tensor, sigma: Tensor, p
     return flow.guided(student_velocity(student, x, sigma, prompts.negative_cond(len(x)).context), v_pos, job.student_cfg)
 
 
-def evaluate(student: WanLiteStudent, held: Batch, prompts: PromptBank, job: DistillJob) -> Generator[tuple[int, int], None, Held]:
-    """Yields (states done, states in all) after each forward; returns Held. The student is left in the mode it was in."""
+def evaluate(student: WanLiteStudent, held: Batch, prompts: PromptBank, job: DistillJob, paths: Batch | None = None
+             ) -> Generator[tuple[int, int], None, Held]:
+    """Yields (states done, states in all) after each forward; returns Held. The student is left in the mode it was in.
+
+    held: states and what the teacher answers there. paths: noises and the ends of the teacher's paths from them, for trajectory KD.
+    """
     size = max(1, TOKENS_AT_ONCE // tokens(job.shape) // 2)
+    total = len(held.x) + (0 if paths is None else len(paths.x) * job.student_steps)
     errors, scales, gaps = [], [], []
     for start in range(0, len(held.x), size):
         with torch.inference_mode(False), torch.no_grad():
@@ -62,8 +68,32 @@ def evaluate(student: WanLiteStudent, held: Batch, prompts: PromptBank, job: Dis
             errors.append((v - target).square().flatten(1).double().mean(1))
             scales.append(target.square().flatten(1).double().mean(1))
             gaps.append((part.v_pos - target).square().flatten(1).double().mean(1))
-        yield min(start + size, len(held.x)), len(held.x)
-    return _summary(torch.cat(errors), torch.cat(scales), torch.cat(gaps), held.sigma)
+        yield min(start + size, len(held.x)), total
+    found = _summary(torch.cat(errors), torch.cat(scales), torch.cat(gaps), held.sigma)
+    if paths is None:
+        return found
+    error, scale = 0.0, 0.0
+    for start in range(0, len(paths.x), size):
+        part = paths[start:start + size]
+        end = part.x
+        for i, x in enumerate(roll(student, part.x, student_sigmas(job), prompts, part.prompts, job)):
+            end = x
+            yield len(held.x) + start * job.student_steps + (i + 1) * len(part.x), total
+        error += float((end - part.goal).square().double().sum())
+        scale += float(part.goal.square().double().sum())
+    return replace(found, error=error / scale, closure=float("nan"))
+
+
+def roll(student: WanLiteStudent, noise: Tensor, sigmas: Tensor, prompts: PromptBank, which: tuple[int, ...], job: DistillJob) -> Iterator[Tensor]:
+    """The student's own Euler steps from noise [B, C, T, H, W] along sigmas [K + 1], as it will be sampled: x after each, K in all."""
+    def velocity_of(x: Tensor, sigma: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            return guided_student_velocity(student, x, sigma, prompts, which, job).cpu()
+
+    walk = flow.euler_steps(velocity_of, noise, sigmas)
+    next(walk)
+    for x, _, _ in walk:
+        yield x
 
 
 def _summary(error: Tensor, scale: Tensor, gap: Tensor, sigma: Tensor) -> Held:

@@ -10,6 +10,7 @@ from .. import flow
 from ..compress.build import card_for
 from ..compress.handle import StudentHandle
 from ..formats.card import StudentCard
+from ..formats.lora import Lora, write_lora
 from ..formats.write import write_student
 from ..teacher import Teacher, fingerprint_tensors
 from .checkpoint import RunFolder, TrainState
@@ -31,9 +32,13 @@ def write_finished(job: DistillJob, files: RunFolder, start: StudentHandle, teac
                    cache: TeacherCache, measured: Measured) -> Finished:
     """Writes the best student into the run folder and notes the end, so that the same job returns at once."""
     card = _card(job, start, teacher, measured, state)
-    weights = files.load_best()
-    write_student(files.student, config=start.config, tensors=weights.items(), card=card, overwrite=True)
-    handle = replace(start, folder=str(files.student), fingerprint=fingerprint_tensors(weights.items()), card=card)
+    best = files.load_best()
+    if state.adapters is None:
+        write_student(files.student, config=start.config, tensors=best.items(), card=card, overwrite=True)
+        handle = replace(start, folder=str(files.student), loras=(), fingerprint=fingerprint_tensors(best.items()), card=card)
+    else:
+        write_lora(files.lora, Lora(factors=state.adapters.factors(best)), card=card)
+        handle = replace(start, loras=(*start.loras, str(files.lora)), fingerprint=fingerprint_tensors(best.items(), start.fingerprint), card=card)
     files.note("finished", {"handle": handle.to_json(), "report": _report(job, measured, state, planned, cache),
                             "plain_cut": measured.plain.error})
     return finished_from_disk(files)
@@ -42,9 +47,11 @@ def write_finished(job: DistillJob, files: RunFolder, start: StudentHandle, teac
 def finished_from_disk(files: RunFolder) -> Finished | None:
     """What the run ended with, or None while it has not."""
     noted = files.noted("finished")
-    if noted is None or not files.student.exists():
+    if noted is None or not (files.student.exists() or files.lora.exists()):
         return None
-    return Finished(handle=StudentHandle.from_json({**noted["handle"], "folder": str(files.student)}), report=noted["report"],
+    told = noted["handle"]
+    moved = {"loras": [*told["loras"][:-1], str(files.lora)]} if files.lora.exists() else {"folder": str(files.student)}
+    return Finished(handle=StudentHandle.from_json({**told, **moved}), report=noted["report"],
                     losses=tuple(row["loss"] for row in files.rows("step")), plain_cut=noted["plain_cut"],
                     evaluations=tuple((row["step"], row["error"]) for row in files.rows("eval")))
 
@@ -53,13 +60,13 @@ def _card(job: DistillJob, start: StudentHandle, teacher: Teacher, measured: Mea
     recipe = {name: value for name, value in asdict(job.recipe).items() if not isinstance(value, str)}
     recipe |= {"cfg": job.cfg, "fold_guidance": int(job.fold_guidance), "train_steps": state.step, "train_seed": job.train_seed,
                "feature_kd": int(job.recipe.objective == "velocity + features"), "user_latents": int(bool(job.latents))}
-    return card_for(teacher, start.plan, job.shape, steps=job.path_steps, cfg=job.student_cfg, recipe=recipe,
+    return card_for(teacher, start.plan, job.shape, steps=job.student_steps, cfg=job.student_cfg, recipe=recipe,
                     measured={"held_out_error": measured.best.error, "plain_cut_error": measured.plain.error, "best_step": state.best_step})
 
 
 def _scheduler(job: DistillJob) -> str:
     """What the student was trained along, for a person: a card has no room for sigmas."""
-    if job.sigmas is None or torch.allclose(torch.tensor(job.sigmas), flow.schedule(job.path_steps, job.shift), atol=1e-3):
+    if job.sigmas is None or torch.allclose(torch.tensor(job.sigmas), flow.schedule(job.student_steps, job.shift), atol=1e-3):
         return "simple"
     return "the SIGMAS that were connected (the saved workflow says simple)"
 
@@ -82,7 +89,7 @@ def _report(job: DistillJob, measured: Measured, state: TrainState, planned: int
         "By sigma, from clean to noise: " + ", ".join("-" if math.isnan(b) else f"{b:.4f}" for b in held.buckets)
         + " (plain cut " + ", ".join("-" if math.isnan(b) else f"{b:.4f}" for b in plain.buckets) + ").",
         f"Best of {max(state.step, state.best_step)} steps ({planned} planned) was step {state.best_step}; that one was kept.",
-        f"Sample with euler, {_scheduler(job)}, {job.path_steps} steps, "
+        f"Sample with euler, {_scheduler(job)}, {job.student_steps} steps, "
         f"cfg {job.student_cfg:g}, shift {job.shift:g}.",
     ]
     if job.fold_guidance and job.guided:

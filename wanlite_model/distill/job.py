@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from ..errors import WanLiteError
 
-Objective = Literal["velocity", "velocity + features"]
-OBJECTIVES: tuple[Objective, ...] = ("velocity", "velocity + features")
+Objective = Literal["velocity", "velocity + features", "trajectory"]
+OBJECTIVES: tuple[Objective, ...] = ("velocity", "velocity + features", "trajectory")
 MIN_UNITS = 16                  # rollouts a job caches at least, however few prompts there are and however few steps
 HOLDOUT_PROMPTS = 8             # from this many prompts on, whole prompts are held out
 
@@ -17,13 +17,19 @@ HOLDOUT_PROMPTS = 8             # from this many prompts on, whole prompts are h
 class Recipe:
     """Expert settings of a job. Raises WanLiteError outside the ranges that make sense.
 
-    objective: velocity KD alone, or with the teacher's block features (fading out over the job; needs the teacher in memory).
+    objective: velocity KD alone, or with the teacher's block features (fading out over the job; needs the teacher in memory), or
+    trajectory KD: the average velocity between two of `student_steps` points of the teacher's path, which one Euler step then takes.
+    rank: 0 trains all weights; above, LoRA factors of this rank over the frozen start. own_states: share of the trajectory states
+    (but the first) that the student has come to by itself, from where it learns to go back to the teacher's path.
     learning_rate: AdamW's peak, after `warmup` steps, then a cosine to a tenth. batch_size: states a step. ema_decay: of the weights
     that are evaluated and kept. teacher_steps: Euler steps of a cached teacher rollout. renoised: share of the training states that are
     re-noised clean latents instead of states on the teacher's path. full_range: share of those whose sigma is uniform, not shifted.
     evaluations: how often the held-out error is measured. save_every: minutes between checkpoints.
     """
     objective: Objective = "velocity"
+    rank: int = 0
+    student_steps: int = 4
+    own_states: float = 0.5
     learning_rate: float = 1e-4
     batch_size: int = 4
     warmup: int = 50
@@ -39,7 +45,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise WanLiteError(f"objective is {self.objective!r}.", f"WanLite knows {' and '.join(map(repr, OBJECTIVES))}.")
-        ranges = {"learning_rate": (1e-7, 0.1), "batch_size": (1, 1024), "warmup": (0, 10_000), "max_grad_norm": (1e-3, 1e3),
+        ranges = {"rank": (0, 4096), "student_steps": (1, 100), "own_states": (0, 1), "learning_rate": (1e-7, 0.1), "batch_size": (1, 1024), "warmup": (0, 10_000), "max_grad_norm": (1e-3, 1e3),
                   "weight_decay": (0, 1), "ema_decay": (0, 0.99999), "teacher_steps": (1, 1000), "renoised": (0, 1),
                   "full_range": (0, 1), "evaluations": (1, 1000), "save_every": (0.1, 1e6)}
         _check_ranges(self, ranges)
@@ -70,6 +76,12 @@ class DistillJob:
 
     def __post_init__(self) -> None:
         _check_ranges(self, {"cfg": (1, 100), "steps": (0, 10_000_000), "minutes": (0.1, 1e6), "shift": (0.01, 1000)})
+        if self.trajectory and self.latents:
+            raise WanLiteError("The LATENT holds clips, and the objective is 'trajectory'.", "Trajectory KD follows the teacher's own rollouts.",
+                               "Connect an empty LATENT of that size.")
+        if self.trajectory and not self.fold_guidance:
+            raise WanLiteError("The objective is 'trajectory' and guidance is to be kept.", "A step of the teacher's guided path has guidance in it.",
+                               "Choose a preset that folds guidance in.")
         if self.sigmas is not None:
             path = self.sigmas
             if len(path) < 2 or path[-1] != 0 or not 0.999 < path[0] <= 1 or not all(a > b for a, b in zip(path, path[1:])):
@@ -82,9 +94,26 @@ class DistillJob:
         return self.cfg != 1
 
     @property
+    def trajectory(self) -> bool:
+        """Whether the student learns steps of its own instead of the velocity at a point."""
+        return self.recipe.objective == "trajectory"
+
+    @property
+    def student_steps(self) -> int:
+        """Steps that the student is meant to be sampled with."""
+        if self.sigmas is not None:
+            return len(self.sigmas) - 1
+        return self.recipe.student_steps if self.trajectory else self.recipe.teacher_steps
+
+    @property
+    def substeps(self) -> int:
+        """Steps that the teacher takes where the student takes one."""
+        return max(1, round(self.recipe.teacher_steps / self.student_steps)) if self.trajectory else 1
+
+    @property
     def path_steps(self) -> int:
-        """Steps of the teacher's path, and those that the student is meant for."""
-        return self.recipe.teacher_steps if self.sigmas is None else len(self.sigmas) - 1
+        """Steps of the teacher's path."""
+        return self.student_steps * self.substeps
 
     @property
     def student_cfg(self) -> float:
@@ -110,8 +139,10 @@ def differences(old: DistillJob, new: DistillJob) -> list[str]:
     idle = {"recipe.save_every"}                # changes what a run shows, not what it becomes
     if old.steps and new.steps:
         idle.add("minutes")
+    if not old.trajectory and not new.trajectory:
+        idle |= {"recipe.student_steps", "recipe.own_states"}
     if old.sigmas and new.sigmas:
-        idle.add("recipe.teacher_steps")
+        idle |= {"recipe.teacher_steps"} if not new.trajectory else {"recipe.student_steps"}
     return [f"{name}={before[name]}, not {after[name]}" for name in before if name not in idle and before[name] != after[name]]
 
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -11,9 +11,9 @@ from torch import nn
 from .job import Recipe
 
 
-def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """The module's weights are fp32 and are the master weights; half precision exists only inside autocast."""
-    return torch.optim.AdamW(module.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay,
+def make_optimizer(trained: Mapping[str, nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
+    """The weights are fp32 and are the master weights; half precision exists only inside autocast."""
+    return torch.optim.AdamW(trained.values(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay,
                              foreach=True)
 
 
@@ -27,28 +27,27 @@ def lr_at(step: int, total: int, recipe: Recipe) -> float:
 
 
 class WeightAverage:
-    """Exponential moving average of a module's weights; it follows quickly at first, so that a short job is not held back."""
+    """Exponential moving average of what is trained; it follows quickly at first, so that a short job is not held back."""
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.names = [name for name, _ in module.named_parameters()]
-        self.values = [parameter.detach().clone() for parameter in module.parameters()]
+    def __init__(self, trained: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.trained, self.decay = trained, decay
+        self.values = {name: parameter.detach().clone() for name, parameter in trained.items()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.values, [p.detach() for p in module.parameters()], 1 - decay)
+        torch._foreach_lerp_(list(self.values.values()), [p.detach() for p in self.trained.values()], 1 - decay)
 
     @contextmanager
-    def in_place_of(self, module: nn.Module) -> Iterator[None]:
-        """Inside, the module computes with the average. No copy: the two exchange their storage."""
-        self._exchange(module)
+    def in_place(self) -> Iterator[None]:
+        """Inside, the network computes with the average. No copy: the two exchange their storage."""
+        self._exchange()
         try:
             yield
         finally:
-            self._exchange(module)
+            self._exchange()
 
-    def _exchange(self, module: nn.Module) -> None:
+    def _exchange(self) -> None:
         with torch.inference_mode(False):
-            for i, parameter in enumerate(module.parameters()):
-                self.values[i], parameter.data = parameter.data, self.values[i]
+            for name, parameter in self.trained.items():
+                self.values[name], parameter.data = parameter.data, self.values[name]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,18 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from .. import flow
 from ..compress.apply import plain_cut
 from ..compress.handle import StudentHandle
 from ..compress.importance import tokens
 from ..errors import WanLiteError
-from ..formats.read import open_wan
 from ..prompts import PromptBank
 from ..teacher import Cond, Teacher, pad_together
 from ..transformer import WanLiteStudent
 from . import objectives
+from .adapters import Adapters, fresh_factors
 from .checkpoint import RunFolder, TrainState
-from .data import Batch, TeacherCache, check_latents, plan_units, rollout_sigmas, seeded
-from .evaluate import Held, evaluate, guided_student_velocity, student_velocity
+from .data import Batch, TeacherCache, check_latents, plan_units, seeded, student_sigmas
+from .evaluate import Held, evaluate, roll, student_velocity
 from .events import Eval, Event, Sample, Saved, Stage, Step
 from .finish import Measured, finished_from_disk, write_finished
 from .job import DistillJob
@@ -94,6 +93,7 @@ class Run:
     def _work(self) -> Iterator[Event]:
         self.cache = yield from self._fill_cache()
         self.held = self.cache.held_out()
+        self.paths = self.cache.held_out_paths() if self.job.trajectory else None
         yield Stage(name="loading the student", done=0, total=1)
         self.state = self._fresh_state()
         self.plain, self.start = yield from self._baseline()
@@ -102,7 +102,7 @@ class Run:
         if not resumed:
             self._keep_if_best(self.start.error)
         yield from self._train()
-        yield from self._load(self.files.load_best().items(), "loading the best")
+        yield from self._load(self.state.trained, self.files.load_best().items(), "loading the best")
         handed_out = yield from self._evaluate("evaluating what is handed out")
         yield Stage(name="writing the student", done=0, total=1)
         yield write_finished(self.job, self.files, self.handle, self.teacher, self.state, self.steps, self.cache,
@@ -155,11 +155,19 @@ class Run:
 
     @trains
     def _fresh_state(self) -> TrainState:
-        module = WanLiteStudent.from_pretrained(self.handle.folder, torch_dtype=torch.float32, device=self.teacher.device).train()
+        recipe, device = self.job.recipe, self.teacher.device
+        frozen = recipe.rank > 0
+        dtype = None if frozen and device.type == "cuda" else torch.float32      # autocast computes in half precision, the CPU does not
+        module = self.handle.load(dtype, device).train()
         if tokens(self.job.shape) >= CHECKPOINT_TOKENS:
             module.enable_gradient_checkpointing()
-        return TrainState(student=module, average=WeightAverage(module, self.job.recipe.ema_decay),
-                          optimizer=make_optimizer(module, self.job.recipe))
+        adapters = None
+        if frozen:
+            module.requires_grad_(False)
+            adapters = Adapters(module, fresh_factors(module, recipe.rank, seeded(self.job.train_seed, "adapters")))
+        trained = dict(module.named_parameters()) if adapters is None else adapters.parameters
+        return TrainState(student=module, adapters=adapters, trained=trained, average=WeightAverage(trained, recipe.ema_decay),
+                          optimizer=make_optimizer(trained, recipe))
 
     @trains
     def _restore(self) -> bool:
@@ -173,23 +181,23 @@ class Run:
         noted = self.files.noted("baseline")
         if noted is None:
             start = yield from self._evaluate("evaluating the start")
-            yield from self._load(plain_cut(self.teacher, self.handle.config), "cutting the plain cut")
+            own = self.state.student.state_dict()
+            yield from self._load(own, plain_cut(self.teacher, self.handle.config), "cutting the plain cut")
             plain = yield from self._evaluate("evaluating the plain cut")
-            with open_wan(Path(self.handle.folder)) as source:
-                yield from self._load(source.tensors(), "loading the student")
+            with self.handle.open() as opened:
+                yield from self._load(own, opened.tensors(), "loading the student")
             noted = {"plain_cut": asdict(plain), "start": asdict(start)}
             self.files.note("baseline", noted)
         return _held(noted["plain_cut"]), _held(noted["start"])
 
-    def _load(self, tensors: Iterable[tuple[str, Tensor]], name: str) -> Iterator[Stage]:
-        own = self.state.student.state_dict()
+    def _load(self, own: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]], name: str) -> Iterator[Stage]:
         for done, (key, value) in enumerate(tensors, start=1):
             with torch.inference_mode(False), torch.no_grad():
                 own[key].copy_(value)
             yield Stage(name=name, done=done, total=len(own))
 
     def _evaluate(self, name: str) -> Generator[Event, None, Held]:
-        measuring = evaluate(self.state.student, self.held, self.prompts, self.job)
+        measuring = evaluate(self.state.student, self.held, self.prompts, self.job, self.paths)
         while True:
             try:
                 done, total = next(measuring)
@@ -259,7 +267,7 @@ class Run:
         begun, state, recipe = time.monotonic(), self.state, self.job.recipe
         state.optimizer.zero_grad(set_to_none=True)
         loss = self._backward(state.step, self.steps)
-        norm = clip_grad_norm_(state.student.parameters(), recipe.max_grad_norm)
+        norm = clip_grad_norm_(state.trained.values(), recipe.max_grad_norm)
         if not torch.isfinite(loss + norm):
             raise WanLiteError(f"The loss is not finite at step {state.step + 1}.", "The weights were left as they were before it.",
                                "Lower the learning rate and type a new run name.")
@@ -267,14 +275,14 @@ class Run:
         for group in state.optimizer.param_groups:
             group["lr"] = lr
         state.optimizer.step()
-        state.average.update(state.student, state.step)
+        state.average.update(state.step)
         state.step += 1
         return Step(step=state.step, total=self.steps, loss=float(loss), grad_norm=float(norm), lr=lr, seconds=time.monotonic() - begun)
 
     @trains
     def _backward(self, step: int, total: int) -> Tensor:
         """Gradients of one batch, in parts that fit; into which parts changes the velocity loss by rounding only. Returns the loss."""
-        batch = self.cache.batch(step)
+        batch = self._rolled(self.cache.batch(step))
         contexts, targets = self._targets(batch, step)
         scale = targets.square().mean().to(self.teacher.device)
         size = max(1, TOKENS_A_PASS // tokens(self.job.shape))
@@ -289,6 +297,22 @@ class Run:
             loss.backward()
             summed += loss.detach()
         return summed
+
+    def _rolled(self, batch: Batch) -> Batch:
+        """Takes those states that are to be the student's own as far as they are to be: their target leads back to the teacher's path."""
+        if batch.rolled is None or not batch.rolled.any():
+            return batch
+        x, v = batch.x.clone(), batch.v_pos.clone()
+        rows = batch.rolled.nonzero().flatten()                                      # [R]
+        steps = batch.rolled[rows]
+        walk = roll(self.state.student, x[rows], student_sigmas(self.job)[:int(steps.max()) + 1], self.prompts,
+                    tuple(batch.prompts[row] for row in rows.tolist()), self.job)
+        for done, reached in enumerate(walk, start=1):
+            there = rows[steps == done]
+            x[there] = reached[steps == done]
+        per_row = (slice(None), *[None] * (x.ndim - 1))
+        v[rows] = (batch.goal[rows] - x[rows]) / (batch.following - batch.sigma)[rows][per_row]
+        return replace(batch, x=x, v_pos=v)
 
     def _forward(self, part: Batch, context: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         return student_velocity(self.state.student, part.x, part.sigma, context, features=[mine for mine, _ in self.pairs])
@@ -317,13 +341,13 @@ class Run:
     def _measure(self) -> Iterator[Event]:
         """Evaluates the averaged weights, keeps them when they are the best so far, and draws a sample when asked to."""
         state = self.state
-        with state.average.in_place_of(state.student):
+        with state.average.in_place():
             held = yield from self._evaluate("evaluating")
         best = self._keep_if_best(held.error)
         self.files.log(kind="eval", step=state.step, best=best, **asdict(held))
         yield Eval(step=state.step, held=held, plain_cut=self.plain, best=best)
         if self.samples:
-            with state.average.in_place_of(state.student):
+            with state.average.in_place():
                 latents = yield from self._draw()
             yield Sample(step=state.step, latents=latents)
 
@@ -338,16 +362,9 @@ class Run:
     def _draw(self) -> Generator[Event, None, Tensor]:
         """A sample of the first held-out prompt as the student will be used: latents [1, C, T, H, W]."""
         which = (self.cache.held[0].prompt,)
-        noise = torch.randn(1, *self.job.shape, generator=seeded(self.job.train_seed, "sample"))
-        sigmas = rollout_sigmas(self.job)
-
-        def velocity_of(x: Tensor, sigma: Tensor) -> Tensor:
-            with torch.no_grad():
-                return guided_student_velocity(self.state.student, x, sigma, self.prompts, which, self.job).cpu()
-
-        x = noise
-        for done, (x, _, _) in enumerate(flow.euler_steps(velocity_of, noise, sigmas)):
-            yield Stage(name="drawing a sample", done=done, total=len(sigmas) - 1)
+        x = noise = torch.randn(1, *self.job.shape, generator=seeded(self.job.train_seed, "sample"))
+        for done, x in enumerate(roll(self.state.student, noise, student_sigmas(self.job), self.prompts, which, self.job), start=1):
+            yield Stage(name="drawing a sample", done=done, total=self.job.student_steps)
         return x
 
 

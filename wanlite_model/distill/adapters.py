@@ -1,0 +1,69 @@
+"""LoRA (Hu et al. 2021) over a frozen WAN: y = W x + (alpha / rank) B A x on the linear layers of its blocks.
+
+The adapters hang on the layers as hooks, so the network's own modules, names and tensors stay what they are: with the adapters off it
+is the unchanged base, and no second copy of it is needed to ask it. Modulation has no adapter: ComfyUI accepts one and never applies it.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import WanLiteError
+from ..formats.lora import Factors
+from ..transformer import WanLiteStudent
+
+
+class Adapters:
+    """Low-rank factors on layers of `module`, trainable. parameters: {"<layer>.lora_A.weight" or "...lora_B.weight": tensor}."""
+
+    def __init__(self, module: WanLiteStudent, factors: Mapping[str, Factors]) -> None:
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.scales: dict[str, float] = {}
+        self.enabled = True
+        layers = dict(module.named_modules())
+        for path, found in factors.items():
+            layer = layers.get(path)
+            if not isinstance(layer, nn.Linear) or (found.down.shape[1], found.up.shape[0]) != (layer.in_features, layer.out_features):
+                raise WanLiteError(f"The LoRA changes {path} by {list(found.up.shape)} x {list(found.down.shape)}.",
+                                   f"This WAN has {'no such layer' if layer is None else f'{layer} there'}.", "Choose a LoRA for this WAN.")
+            device = layer.weight.device
+            for leaf, value in (("lora_A", found.down), ("lora_B", found.up)):
+                self.parameters[f"{path}.{leaf}.weight"] = nn.Parameter(value.to(device, torch.float32, copy=True))
+            self.scales[path] = found.scale
+            layer.register_forward_hook(self._hook(path))
+
+    def _hook(self, path: str):
+        a, b, scale = self.parameters[f"{path}.lora_A.weight"], self.parameters[f"{path}.lora_B.weight"], self.scales[path]
+
+        def add(_: nn.Module, given: tuple[Tensor, ...], answered: Tensor) -> Tensor | None:
+            if not self.enabled:
+                return None
+            x = given[0] if torch.is_autocast_enabled(given[0].device.type) else given[0].to(a.dtype)
+            return answered + scale * F.linear(F.linear(x, a), b).to(answered.dtype)
+        return add
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside, the module is its base."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def factors(self, parameters: Mapping[str, Tensor]) -> dict[str, Factors]:
+        """The factors by layer, from tensors under the names of `parameters`."""
+        return {path: Factors(down=parameters[f"{path}.lora_A.weight"], up=parameters[f"{path}.lora_B.weight"], scale=scale)
+                for path, scale in self.scales.items()}
+
+
+def fresh_factors(module: WanLiteStudent, rank: int, generator: torch.Generator) -> dict[str, Factors]:
+    """Factors of this rank for every linear layer of the blocks: A drawn as nn.Linear draws its weights, B zero, scale 1."""
+    return {path: Factors(down=(torch.rand(rank, layer.in_features, generator=generator) * 2 - 1) / math.sqrt(layer.in_features),
+                          up=torch.zeros(layer.out_features, rank), scale=1.0)
+            for path, layer in module.named_modules() if path.startswith("blocks.") and isinstance(layer, nn.Linear)}

@@ -1,0 +1,140 @@
+"""LoRA files for WAN: read in the spellings that circulate, written in the one that ComfyUI's stock loader takes."""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..config import WanConfig
+from ..errors import WanLiteError
+from ..files import replace_file
+from .card import PREFIX, StudentCard
+from .container import Writer
+from .keymap import ALL_ROWS, key_map, wan_shapes
+
+STOCK = "diffusion_model."
+PREFIXES = (STOCK, "base_model.model.", "transformer.", "model.")
+KOHYA = "lora_unet_"
+LEAVES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up"}
+CHOOSE = "Choose a LoRA that was made for this WAN."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Factors:
+    """What a LoRA adds to one layer's weight: scale * up @ down; down [rank, in], up [out, rank]."""
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def delta(self) -> Tensor:
+        """[out, in] in fp32."""
+        return self.scale * (self.up.float() @ self.down.float())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Lora:
+    """factors: {layer such as "blocks.0.ffn.2": its factors}. diffs: {tensor name: what is added to it whole} (norms and biases)."""
+    factors: Mapping[str, Factors]
+    diffs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def merged(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The base's (name, tensor) with this LoRA in them: summed in fp32, rounded once to the tensor's dtype."""
+        for name, tensor in tensors:
+            found = self.factors.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+            with torch.inference_mode(False), torch.no_grad():
+                changed = tensor
+                if found is not None:
+                    changed = changed.float() + found.delta().to(tensor.device)
+                if name in self.diffs:
+                    changed = changed.float() + self.diffs[name].to(tensor.device, torch.float32)
+                yield name, changed.to(tensor.dtype)
+
+
+def read_lora(path: Path, config: WanConfig) -> Lora:
+    """A LoRA file for a WAN of this architecture. Raises WanLiteError on another model's LoRA, and on keys that are not understood."""
+    try:
+        with safe_open(path, "pt") as stored:
+            found = {key: stored.get_tensor(key) for key in stored.keys()}
+    except (OSError, SafetensorError) as error:
+        raise WanLiteError(f"{path.name} is not a whole safetensors file ({error}).", "", "Download or copy the file again.") from error
+    shapes = wan_shapes(config)
+    names = _spellings(config)
+    parts: dict[str, dict[str, Tensor]] = {}
+    diffs: dict[str, Tensor] = {}
+    strange: list[str] = []
+    for key, tensor in found.items():
+        layer, leaf = _split(key, names)
+        if layer is None:
+            strange.append(key)
+        elif leaf in ("diff", "diff_b"):
+            name = layer if leaf == "diff" and layer in shapes else layer + (".weight" if leaf == "diff" else ".bias")
+            if shapes.get(name) != tuple(tensor.shape):
+                raise _other(path, key, tensor, shapes.get(name))
+            diffs[name] = tensor
+        else:
+            parts.setdefault(layer, {})[leaf] = tensor
+    factors = {layer: _factors(path, layer, part, shapes[f"{layer}.weight"]) for layer, part in parts.items()}
+    if strange or not (factors or diffs):
+        told = f"It has {strange[0]!r}" + (f" and {len(strange) - 1} more that no such WAN has." if len(strange) > 1 else ".")
+        raise WanLiteError(f"{path.name} is no LoRA for a WAN of {config.num_layers} blocks of {config.dim}.", told if strange else "", CHOOSE)
+    return Lora(factors=factors, diffs=diffs)
+
+
+def write_lora(path: Path, lora: Lora, *, dtype: torch.dtype = torch.bfloat16, card: StudentCard | None = None) -> int:
+    """Writes the file under the keys that ComfyUI's loader takes, at once; returns its bytes. The scale travels as alpha (alpha / rank)."""
+    tensors: dict[str, Tensor] = {}
+    for layer, found in lora.factors.items():
+        tensors |= {f"{STOCK}{layer}.lora_A.weight": found.down, f"{STOCK}{layer}.lora_B.weight": found.up,
+                    f"{STOCK}{layer}.alpha": torch.tensor(found.scale * len(found.down))}
+    for name, diff in lora.diffs.items():
+        layer, _, leaf = name.rpartition(".")
+        tensors[f"{STOCK}{layer}.diff_b" if leaf == "bias" else f"{STOCK}{layer}.diff"] = diff
+    metadata = {"format": "pt", **(card.to_metadata() if card else {PREFIX + "lora": json.dumps(True)})}
+
+    def write(temporary: Path) -> None:
+        with Writer(temporary, {name: tuple(value.shape) for name, value in tensors.items()}, metadata) as writer:
+            for name, value in tensors.items():
+                writer.write(name, value, torch.float32 if name.endswith(".alpha") else dtype)
+            writer.finish()
+    replace_file(path, write)
+    return path.stat().st_size
+
+
+def _spellings(config: WanConfig) -> dict[str, str]:
+    """{a layer's or tensor's path as some tool spells it: WAN's}."""
+    known = key_map("diffusers", "wan", config.num_layers, ALL_ROWS)
+    paths = {name.removesuffix(leaf): name.removesuffix(leaf) for name in wan_shapes(config) for leaf in (".weight", ".bias")
+             if name.endswith(leaf)} | {name: name for name in wan_shapes(config) if name.endswith("modulation")}
+    paths |= {theirs.rpartition(".")[0]: ours.rpartition(".")[0] for theirs, ours in known.items() if ours.rpartition(".")[0] in paths}
+    return paths | {path.replace(".", "_"): ours for path, ours in paths.items()}
+
+
+def _split(key: str, names: Mapping[str, str]) -> tuple[str | None, str]:
+    """(WAN's layer, "down" / "up" / "alpha" / "diff" / "diff_b"), or (None, "") for a key that is not understood."""
+    match = re.fullmatch(r"(.+?)\.(?:(lora_A|lora_B|lora_down|lora_up)(?:\.default)?(?:\.weight)?|(alpha|diff|diff_b))", key)
+    if match is None:
+        return None, ""
+    path = match[1].removeprefix(KOHYA)
+    for prefix in PREFIXES:
+        path = path.removeprefix(prefix)
+    return names.get(path), LEAVES.get(match[2] or "", match[3] or "")
+
+
+def _factors(path: Path, layer: str, part: Mapping[str, Tensor], shape: tuple[int, ...]) -> Factors:
+    if not {"down", "up"} <= set(part):
+        raise WanLiteError(f"{path.name} has only a part of its change of {layer}.", "", "Download or copy the file again.")
+    down, up = part["down"], part["up"]
+    if down.ndim != 2 or up.ndim != 2 or (up.shape[0], down.shape[1]) != shape or up.shape[1] != down.shape[0]:
+        raise _other(path, layer, up, shape)
+    return Factors(down=down, up=up, scale=float(part["alpha"]) / len(down) if "alpha" in part else 1.0)
+
+
+def _other(path: Path, key: str, tensor: Tensor, expected: tuple[int, ...] | None) -> WanLiteError:
+    return WanLiteError(f"{path.name} changes {key} by {list(tensor.shape)}.",
+                        f"This WAN has {list(expected)} there." if expected else "This WAN has no such tensor.", CHOOSE)
