@@ -114,7 +114,7 @@ def _is_held_out(a: Attributes) -> bool:
 
 
 BARS = World(name="bars", prompts=tuple(_BY_PROMPT), held_out=tuple(a.prompt for a in _ALL if _is_held_out(a)), render=render,
-             adherence=adherence, corrupted=corrupted, config=WanConfig(dim=256, ffn_dim=512, num_layers=6),
+             adherence=adherence, corrupted=corrupted, moving="change", config=WanConfig(dim=256, ffn_dim=512, num_layers=6),
              teacher=WORK / "wan_bars_teacher.safetensors")
 
 

@@ -23,7 +23,7 @@ class World:
 
     render(prompt, seed) -> a clip [T, H, W, 3] in 0..1; adherence(clip, prompt) -> {attribute: shown as asked};
     corrupted(prompt, rng, chance) -> the prompt with each attribute drawn anew by that chance. latents: (C, T, H, W) of a clip.
-    config, teacher: the tiny WAN's architecture and file. shift, cfg, negative: how it is sampled.
+    moving: the attribute that a single frame cannot show. config, teacher: the tiny WAN's architecture and file. shift, cfg, negative: how it is sampled.
     """
     name: str
     prompts: tuple[str, ...]
@@ -33,6 +33,7 @@ class World:
     corrupted: Callable[[str, random.Random, float], str]
     config: WanConfig
     teacher: Path
+    moving: str = "motion"
     latents: tuple[int, int, int, int] = domain.LATENT_SHAPE
     shift: float = domain.SHIFT
     cfg: float = domain.CFG

@@ -7,12 +7,10 @@ from .comfy_bridge import folders
 from .report import told
 from .sockets import Prompts, Recipe, Student
 
-FOLDS_GUIDANCE = {"no-cfg": True, "keep-cfg": False}
-
-
 class WanLiteDistill(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        from ..wanlite_model.distill.presets import PRESETS
         return io.Schema(
             node_id="WanLiteDistill", display_name="WanLite Distill", category="WanLite", is_output_node=True,
             description="Teaches the student what the teacher answers. Cancel keeps everything done so far: queueing the same again goes on "
@@ -30,10 +28,9 @@ class WanLiteDistill(io.ComfyNode):
                 io.Sigmas.Input("sigmas", optional=True, tooltip="The noise levels of the teacher's recorded runs, from 1 down to 0. Without "
                                                                  "it: the 'simple' scheduler at the teacher's shift."),
                 Recipe.Input("recipe", optional=True, tooltip="Expert settings from WanLite Recipe."),
-                io.Combo.Input("preset", options=list(FOLDS_GUIDANCE), default="no-cfg",
-                               tooltip="'no-cfg': guidance is folded in; the student answers as the guided teacher does and runs at cfg 1, in half "
-                                       "the time, and its negative prompt has no effect. 'keep-cfg': it runs with cfg and a negative prompt like "
-                                       "its teacher."),
+                io.Combo.Input("preset", options=list(PRESETS), default="slim",
+                               tooltip="What to make. " + " ".join(f"{name}: {preset.told}." for name, preset in PRESETS.items()) + " Where cfg is 1 afterwards, the negative prompt has no "
+                                       "effect. Presets can follow each other: the student of one is the student to train for the next."),
                 io.Float.Input("cfg", default=5.0, min=1.0, max=100.0, step=0.1,
                                tooltip="The teacher's guidance scale. 1 asks it without guidance."),
                 io.Float.Input("minutes", default=30.0, min=0.1, max=1e6, step=0.1,
@@ -67,12 +64,12 @@ class WanLiteDistill(io.ComfyNode):
     def execute(cls, student: Any, model: Any, prompts: Any, latent: dict, preset: str, cfg: float, minutes: float, steps: int,
                 run_name: str, train_seed: int, vae: Any = None, sigmas: Any = None, recipe: Any = None) -> io.NodeOutput:
         from .chart import loss_map, picture
-        from .comfy_bridge.load import open_model
+        from .comfy_bridge.load import open_student
         from .comfy_bridge.training import Training
-        training = Training.of(student=student, model=model, prompts=prompts, latent=latent, sigmas=sigmas, recipe=recipe, vae=vae, cfg=cfg,
-                               minutes=minutes, steps=steps, train_seed=train_seed, fold_guidance=FOLDS_GUIDANCE[preset])
+        training = Training.of(student=student, model=model, prompts=prompts, latent=latent, sigmas=sigmas, preset=preset, changes=recipe or {},
+                               vae=vae, cfg=cfg, minutes=minutes, steps=steps, train_seed=train_seed)
         finished = training.run(folders.output_folder("runs") / run_name, folders.output_folder("cache"), cls.hidden.unique_id)
         report = "\n".join((finished.report, *training.notes))
-        trained = open_model(finished.handle.file, finished.handle.card.shift)
+        trained = open_student(finished.handle, model if finished.handle.same_as == training.teacher.fingerprint else None)
         chart = picture(finished.losses, finished.evaluations, finished.plain_cut)
         return io.NodeOutput(finished.handle, trained, loss_map(finished.losses), report, chart, ui=told("Distill", report))

@@ -1,9 +1,12 @@
-"""Expert settings of a distillation, for whoever wants them."""
+"""Expert settings of a distillation, for whoever wants them. What is left as it is stays the preset's."""
 from typing import Any
 
 from comfy_api.latest import io
 
 from .sockets import Recipe
+
+AS_PRESET = "as the preset"
+UNSET = {"rank": -1, "own_states": -1.0, "renoised": -1.0, "full_range": -1.0, "ema_decay": -1.0, "weight_decay": -1.0, "warmup": -1}
 
 
 class WanLiteRecipe(io.ComfyNode):
@@ -11,37 +14,53 @@ class WanLiteRecipe(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="WanLiteRecipe", display_name="WanLite Recipe", category="WanLite",
-            description="Expert settings for WanLite Distill. Without it, the values shown here are used.",
+            description="Expert settings for WanLite Distill, in place of its preset's. What is left at 'as the preset', at 0, or at -1 where 0 means "
+                        "something, stays the preset's.",
             inputs=[
-                io.Combo.Input("objective", options=["velocity", "velocity + features"], default="velocity",
-                               tooltip="What the student is to match: the teacher's answer, or also what its blocks hand on, fading out over the "
-                                       "job. The second keeps the teacher in memory and asks it at every step."),
-                io.Float.Input("learning_rate", default=1e-4, min=1e-7, max=0.1, step=1e-7,
-                               tooltip="Peak of AdamW's learning rate, reached after the warm-up; a cosine then lowers it to a tenth."),
-                io.Int.Input("batch_size", default=4, min=1, max=1024, tooltip="Training states a step. More is steadier and slower."),
-                io.Int.Input("warmup", default=50, min=0, max=10_000, tooltip="Steps until the peak learning rate, at most a fifth of all steps."),
-                io.Float.Input("max_grad_norm", default=1.0, min=1e-3, max=1e3, step=1e-3,
-                               tooltip="Gradients longer than this are shortened to it."),
-                io.Float.Input("weight_decay", default=0.0, min=0.0, max=1.0, step=1e-5,
-                               tooltip="AdamW's pull of the weights towards 0, a share of the learning rate per step."),
-                io.Float.Input("ema_decay", default=0.99, min=0.0, max=0.99999, step=1e-5,
-                               tooltip="How slowly the averaged weights follow, per step; the average is what is evaluated and kept. 0: no average."),
-                io.Int.Input("teacher_steps", default=20, min=1, max=1000,
-                             tooltip="Euler steps of the teacher's runs that are recorded to learn from; the student is meant for as many. "
-                                     "Not used when SIGMAS are connected."),
-                io.Float.Input("renoised", default=0.5, min=0.0, max=1.0, step=0.05,
+                io.Combo.Input("objective", options=[AS_PRESET, "velocity", "velocity + features", "trajectory"], default=AS_PRESET,
+                               tooltip="What the student is to match. 'velocity': the teacher's answer. 'velocity + features': also what its blocks "
+                                       "hand on, fading out over the job; keeps the teacher in memory and asks it at every step. 'trajectory': the "
+                                       "teacher's path in a few steps of the student's own."),
+                io.Int.Input("rank", default=-1, min=-1, max=4096,
+                             tooltip="Above 0: LoRA adapters of this rank are trained, the student's own weights stay. 0: all weights are trained, which "
+                                     "takes several times the memory. -1: the preset's."),
+                io.Int.Input("student_steps", default=0, min=0, max=100,
+                             tooltip="trajectory: steps that the student is made for. 0: the preset's. Not used when SIGMAS are connected."),
+                io.Float.Input("own_states", default=-1.0, min=-1.0, max=1.0, step=0.05,
+                               tooltip="trajectory: share of the training states that the student comes to by itself, from where it learns to return to "
+                                       "the teacher's path. -1: the preset's."),
+                io.Float.Input("learning_rate", default=0.0, min=0.0, max=0.1, step=1e-7,
+                               tooltip="Peak of AdamW's learning rate, reached after the warm-up; a cosine then lowers it to a tenth. 0: the preset's."),
+                io.Int.Input("batch_size", default=0, min=0, max=1024, tooltip="Training states a step. More is steadier and slower. 0: the preset's."),
+                io.Int.Input("warmup", default=-1, min=-1, max=10_000,
+                             tooltip="Steps until the peak learning rate, at most a fifth of all steps. -1: the preset's."),
+                io.Float.Input("max_grad_norm", default=0.0, min=0.0, max=1e3, step=1e-3,
+                               tooltip="Gradients longer than this are shortened to it. 0: the preset's."),
+                io.Float.Input("weight_decay", default=-1.0, min=-1.0, max=1.0, step=1e-5,
+                               tooltip="AdamW's pull of the weights towards 0, a share of the learning rate per step. -1: the preset's."),
+                io.Float.Input("ema_decay", default=-1.0, min=-1.0, max=0.99999, step=1e-5,
+                               tooltip="How slowly the averaged weights follow, per step; the average is what is evaluated and kept. 0: no average. "
+                                       "-1: the preset's."),
+                io.Int.Input("teacher_steps", default=0, min=0, max=1000,
+                             tooltip="Euler steps of the teacher's runs that are recorded to learn from; without 'trajectory' the student is meant for as "
+                                     "many. 0: the preset's. Not used when SIGMAS are connected."),
+                io.Float.Input("renoised", default=-1.0, min=-1.0, max=1.0, step=0.05,
                                tooltip="Share of the training states that are finished clips with fresh noise; the others are on the teacher's "
-                                       "path. Each recorded run is noised again as often as this share asks for: 0.7 is 2.3 times for a step."),
-                io.Float.Input("full_range", default=0.25, min=0.0, max=1.0, step=0.05,
-                               tooltip="Share of those whose noise level is drawn evenly instead of by the shift, so that denoise below 1 works."),
-                io.Int.Input("evaluations", default=8, min=1, max=1000,
-                             tooltip="How often, in the whole job, the error on held-out states is measured; the best weights are kept."),
-                io.Float.Input("save_every", default=10.0, min=0.1, max=1e6, step=0.1,
-                               tooltip="Minutes between checkpoints. A cancelled run also saves its last step; only a crash loses more."),
+                                       "path. Each recorded run is noised again as often as this share asks for: 0.7 is 2.3 times for a step. -1: the "
+                                       "preset's. Not used with 'trajectory'."),
+                io.Float.Input("full_range", default=-1.0, min=-1.0, max=1.0, step=0.05,
+                               tooltip="Share of those whose noise level is drawn evenly instead of by the shift, so that denoise below 1 works; with "
+                                       "'trajectory', of states between the student's own steps. -1: the preset's."),
+                io.Int.Input("evaluations", default=0, min=0, max=1000,
+                             tooltip="How often, in the whole job, the error on held-out states is measured; the best weights are kept. 0: the preset's."),
+                io.Float.Input("save_every", default=0.0, min=0.0, max=1e6, step=0.1,
+                               tooltip="Minutes between checkpoints. A cancelled run also saves its last step; only a crash loses more. 0: the preset's."),
             ],
             outputs=[Recipe.Output(display_name="recipe", tooltip="For WanLite Distill.")])
 
     @classmethod
     def execute(cls, **settings: Any) -> io.NodeOutput:
         from ..wanlite_model.distill.job import Recipe as Settings
-        return io.NodeOutput(Settings(**settings))
+        given = {name: value for name, value in settings.items() if value != AS_PRESET and value != UNSET.get(name, 0)}
+        Settings(**given)           # refused here, on the node that is wrong
+        return io.NodeOutput(given)

@@ -87,9 +87,10 @@ class WanLiteSaveStudent(io.ComfyNode):
                 Student.Input("student", tooltip="The student to save."),
                 io.String.Input("name", default="wanlite-student",
                                 tooltip="Its name below models/diffusion_models: letters, digits, spaces, - and _."),
-                io.Combo.Input("format", options=["folder", "single file"], default="folder",
+                io.Combo.Input("format", options=["folder", "single file", "LoRA"], default="folder",
                                tooltip="'folder' opens in ComfyUI, in Wan's own code and in diffusers. 'single file' is one .safetensors with "
-                                       "nothing beside it; its workflow goes to output/wanlite/workflows."),
+                                       "nothing beside it; its workflow goes to output/wanlite/workflows. 'LoRA', for a student "
+                                       "that was trained as one: a small file in models/loras, for the teacher and its kin."),
                 io.Combo.Input("dtype", options=list(DTYPES), default="bf16",
                                tooltip="Of the saved weights. bf16 and fp16 take 2 bytes a parameter, fp32 takes 4. What Distill hands on is bf16: "
                                        "fp32 makes its file larger, not better."),

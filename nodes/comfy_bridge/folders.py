@@ -11,6 +11,7 @@ from ...wanlite_model.files import ENDINGS
 
 MODELS = "diffusion_models"
 NONE = "none"
+PROMPT_LISTS, BUNDLED = Path(__file__).resolve().parent.parent / "prompt_lists", "WanLite/"
 
 
 def output_folder(*parts: str) -> Path:
@@ -22,6 +23,11 @@ def models_folder() -> Path:
     """Where new models are saved: the scanned folder that is called diffusion_models (the first one listed is models/unet)."""
     folders = [Path(folder) for folder in folder_paths.get_folder_paths(MODELS)]
     return next((folder for folder in folders if folder.name == MODELS), folders[0])
+
+
+def loras_folder() -> Path:
+    """Where new LoRAs are saved."""
+    return Path(folder_paths.get_folder_paths("loras")[0])
 
 
 def model_names() -> list[str]:
@@ -49,19 +55,22 @@ def found(name: str) -> Path:
 
 
 def stock_name(path: Path) -> str:
-    """What the stock Load Diffusion Model calls this file; its bare name outside the model folders."""
-    for folder in folder_paths.get_folder_paths(MODELS):
+    """What the stock Load Diffusion Model or LoRA loader calls this file; its bare name outside their folders."""
+    for folder in (*folder_paths.get_folder_paths(MODELS), *folder_paths.get_folder_paths("loras")):
         if path.is_relative_to(folder):
             return str(path.relative_to(folder))
     return path.name
 
 
 def prompt_files() -> list[str]:
-    """The .txt files at the top of ComfyUI's input folder."""
-    return _names(Path(folder_paths.get_input_directory()), ".txt")
+    """Our own lists, and the .txt files at the top of ComfyUI's input folder."""
+    return [BUNDLED + name for name in _names(PROMPT_LISTS, ".txt")] + _names(Path(folder_paths.get_input_directory()), ".txt")
 
 
 def prompt_file(name: str) -> Path:
+    """The file behind one of prompt_files()."""
+    if name.startswith(BUNDLED):
+        return PROMPT_LISTS / os.path.basename(name)
     return Path(folder_paths.get_input_directory(), os.path.basename(name))
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import comfy.sd
+import comfy.utils
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
+from ...wanlite_model.compress.handle import StudentHandle
 from ...wanlite_model.errors import WanLiteError
 from ...wanlite_model.formats.container import read_header
 from ...wanlite_model.formats.read import FLOATS, QUANTISED, open_wan
@@ -35,6 +37,18 @@ def open_model(path: Path, shift: float | None = None, dtype: torch.dtype | None
     else:
         with open_wan(path) as source:      # shards or diffusers names: newer ComfyUIs cannot load these again from disk by themselves
             model = comfy.sd.load_diffusion_model_state_dict({name: tensor for name, tensor in source.tensors()}, model_options=options)
+    return model if shift is None else with_shift(model, shift)
+
+
+def open_student(student: StudentHandle, teacher: Any = None, dtype: torch.dtype | None = None) -> Any:
+    """The MODEL of a student, its LoRAs laid over it by ComfyUI's own loader, its shift set.
+
+    teacher: a MODEL whose weights are those that the student's LoRAs lie over; then nothing is opened a second time.
+    """
+    shift = student.card.shift if student.card else None
+    model = open_model(student.file, dtype=dtype) if teacher is None else teacher
+    for path in student.loras:
+        model = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(path, safe_load=True), 1.0, 0.0)[0]
     return model if shift is None else with_shift(model, shift)
 
 

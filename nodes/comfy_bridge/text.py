@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from ...wanlite_model.config import TEXT_LEN
+from ...wanlite_model.distill.job import HOLDOUT_PROMPTS
 from ...wanlite_model.errors import WanLiteError
 from ...wanlite_model.formats.place import check_name
 from ...wanlite_model.formats.workflow import NEGATIVE
 from ...wanlite_model.prompts import PromptBank, parse_prompts, trim
 from . import folders
+
+ENOUGH = 24             # prompts of a job whose student is to know more than them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,11 +28,12 @@ class Wanted:
     known: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, prompts: str, prompt_file: str, negative: str, bank: str) -> Wanted:
+    def of(cls, prompts: str, prompt_file: str, template: str, negative: str, bank: str) -> Wanted:
         """From the node's widgets. Raises WanLiteError without any prompt, or when a file cannot be read."""
         stored = PromptBank.load(folders.bank_path(bank)) if bank != folders.NONE else None
         text = f"{prompts}\n{_read(prompt_file)}" if prompt_file != folders.NONE else prompts
-        texts = stored.prompts if stored and not text.strip() else parse_prompts(text)
+        from_bank = stored is not None and not text.strip()
+        texts = stored.prompts if from_bank else tuple(template.replace("{prompt}", prompt) for prompt in parse_prompts(text))
         negative = negative or (stored.negative_text if stored else NEGATIVE)
         held = {} if stored is None else {**dict(zip(stored.prompts, stored.contexts)), stored.negative_text: stored.negative}
         return cls(prompts=texts, negative=negative, known={t: held[t] for t in (*texts, negative) if t in held})
@@ -65,6 +69,16 @@ class Wanted:
     def _bank(self, contexts: Mapping[str, Tensor]) -> PromptBank:
         return PromptBank(prompts=self.prompts, contexts=tuple(contexts[text] for text in self.prompts), negative_text=self.negative,
                           negative=contexts[self.negative])
+
+
+def too_few(count: int) -> str:
+    """A warning when there are fewer prompts than a student can be judged by, or should learn from; else nothing."""
+    if count < HOLDOUT_PROMPTS:
+        return (f" {count} prompts are too few: none can be held out to measure on, and the student learns these by heart. Give {ENOUGH} or more; "
+                "prompt_file has a list of ours to add.")
+    if count < ENOUGH:
+        return f" {count} prompts are few: the student knows little else afterwards. Better {ENOUGH} or more; prompt_file has a list of ours to add."
+    return ""
 
 
 def conditioning(context: Tensor) -> list:

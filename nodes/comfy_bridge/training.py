@@ -1,7 +1,8 @@
 """A distillation job from what a node was given, and its run with progress, samples and Cancel."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from ...wanlite_model.compress.handle import StudentHandle
 from ...wanlite_model.config import WanConfig
+from ...wanlite_model.distill.adapters import adapter_size
 from ...wanlite_model.distill.data import check_latents, latents_fingerprint
 from ...wanlite_model.distill.events import Eval, Event, Finished, Sample, Stage, Step
-from ...wanlite_model.distill.job import DistillJob, Recipe
+from ...wanlite_model.distill.job import DistillJob
+from ...wanlite_model.distill.presets import PRESETS
 from ...wanlite_model.distill.trainer import run
 from ...wanlite_model.errors import WanLiteError
 from ...wanlite_model.formats.place import check_name
@@ -23,6 +26,7 @@ from .runtime import Bar, drive, log
 from .teacher import ComfyTeacher
 
 BYTES_A_PARAMETER = 24          # fp32: weights, gradients, AdamW's two moments and its temporary, the average
+FROZEN_BYTES = 2                # of a parameter under adapters
 ACTIVATIONS = 2 * 2**30
 LOADING = "loading the student"
 
@@ -39,16 +43,21 @@ class Training:
     vae: Any
 
     @classmethod
-    def of(cls, *, student: StudentHandle, model: Any, prompts: PromptBank, latent: dict, sigmas: Tensor | None, recipe: Recipe | None,
-           vae: Any, **settings: Any) -> Training:
-        """settings: of DistillJob. Raises WanLiteError when the parts do not belong together."""
+    def of(cls, *, student: StudentHandle, model: Any, prompts: PromptBank, latent: dict, sigmas: Tensor | None, preset: str,
+           changes: Mapping[str, Any], vae: Any, **settings: Any) -> Training:
+        """changes: to the preset's recipe. settings: of DistillJob. Raises WanLiteError when the parts do not belong together."""
         teacher = ComfyTeacher(model)
         its = teacher.config
         _check_kin(student.config, its)
+        chosen = PRESETS[preset]
         shape, latents = shape_of(latent, its.in_dim), training_latents(latent, model, its.in_dim)
         check_latents(latents, prompts)
+        if chosen.frames is not None and shape[1] != chosen.frames:
+            raise WanLiteError(f"The preset '{preset}' is for one frame and the LATENT has {4 * (shape[1] - 1) + 1}.", "",
+                               "Set length to 1 on the empty latent, or choose a preset for video.")
         job = DistillJob(student=student.fingerprint, teacher=teacher.fingerprint, prompts=prompts.fingerprint, shape=shape,
-                         shift=teacher.shift, latents=latents_fingerprint(latents), recipe=recipe or Recipe(),
+                         shift=teacher.shift, latents=latents_fingerprint(latents), recipe=replace(chosen.recipe, **changes),
+                         fold_guidance=chosen.fold_guidance,
                          sigmas=None if sigmas is None else tuple(float(sigma) for sigma in sigmas), **settings)
         return cls(job=job, teacher=teacher, model=model, student=student, prompts=prompts, latents=latents, vae=vae)
 
@@ -87,7 +96,10 @@ class Training:
         return ended[0]
 
     def _bytes(self) -> int:
-        return BYTES_A_PARAMETER * memory.parameters(self.student.config) + ACTIVATIONS
+        size, rank = memory.parameters(self.student.config), self.job.recipe.rank
+        if not rank:
+            return BYTES_A_PARAMETER * size + ACTIVATIONS
+        return FROZEN_BYTES * size + BYTES_A_PARAMETER * adapter_size(self.student.config, rank) + ACTIVATIONS
 
     def _frame(self, latents: Tensor) -> Tensor:
         """The middle frame [H, W, 3] of a sample [1, C, T, H, W] in processed space."""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import torch
@@ -22,7 +23,7 @@ from .teacher import ComfyTeacher
 
 log = logging.getLogger(__name__)
 
-READER = "ComfyUI's Load Diffusion Model"
+READER, LORA_READER = "ComfyUI's Load Diffusion Model", "ComfyUI's LoRA loader"
 BYTES_A_PARAMETER = 4.4     # fp32, and a tenth for the rest
 LIMIT = 1e-3        # fp32 on two devices differs by 1e-5; one wrong tensor by far more
 
@@ -64,21 +65,23 @@ def _velocity(student: StudentHandle, dtype: torch.dtype, x: Tensor, sigma: Tens
     return module.eval()(x, TIMESTEPS * sigma, cond.context)
 
 
-def verifier(recorded: Recorded) -> Callable[[Path], Verified]:
-    """What write_student calls with the new file before it is put in place. Its error ends the save."""
+def verifier(recorded: Recorded, reader: str = READER, opened: Callable[[], Any] | None = None) -> Callable[[Path], Verified]:
+    """What write_student calls with the new file before it is put in place. Its error ends the save.
+
+    opened: makes the MODEL that is compared; by default the file is one.
+    """
     def verify(file: Path) -> Verified:
         if recorded.velocity is None:
-            return Verified(reader=READER, difference=None, why=recorded.why)
-        difference = _difference(file, recorded)
+            return Verified(reader=reader, difference=None, why=recorded.why)
+        difference = _difference(load.open_model(file, dtype=recorded.dtype) if opened is None else opened(), recorded)
         if not difference < LIMIT:
-            raise WanLiteError(f"{READER} opened the new file, and its answer differs by {difference:.1%}.", "It should be the same.",
+            raise WanLiteError(f"{reader} opened the new file, and its answer differs by {difference:.1%}.", "It should be the same.",
                                "Nothing was saved; please report this with the student's size.")
-        return Verified(reader=READER, difference=difference)
+        return Verified(reader=reader, difference=difference)
     return verify
 
 
-def _difference(file: Path, recorded: Recorded) -> float:
-    model = load.open_model(file, dtype=recorded.dtype)
+def _difference(model: Any, recorded: Recorded) -> float:
     if hasattr(model, "set_model_compute_dtype"):
         model.set_model_compute_dtype(torch.float32)        # judges the file, not the precision of this machine's fast path
     velocity = ComfyTeacher(model).velocity(recorded.x, recorded.sigma, recorded.cond)

@@ -1,10 +1,11 @@
 """Distill: cancel and queue again lands on the same weights, outputs go into stock nodes, wrong links are refused at once."""
+import dataclasses
 import json
 import math
 
 import pytest
 import torch
-from helpers_bridge import call, empty_latent, tree
+from helpers_bridge import call, empty_latent, relative, state, tree
 from helpers_tiny import random_bank, random_wan
 from safetensors.torch import load_file, save_file
 
@@ -187,8 +188,38 @@ def test_hostile_run_names_are_refused_before_the_queue(pack):
     assert all("cannot be a run's name" in check(run_name=name) for name in ("..", "a/b", "a\\b", "", "aux"))
 
 
-def test_the_recipe_node_shows_the_engines_own_defaults(pack):
-    engine = pack("wanlite_model.distill.job")
-    assert call(pack("nodes.recipe").WanLiteRecipe)[0] == engine.Recipe()
-    node = {widget.id: widget for widget in pack("nodes.recipe").WanLiteRecipe.GET_SCHEMA().inputs}
-    assert tuple(node["objective"].options) == engine.OBJECTIVES
+def test_the_recipe_node_changes_what_was_set_and_leaves_the_preset_the_rest(pack):
+    node, engine = pack("nodes.recipe").WanLiteRecipe, pack("wanlite_model.distill.job")
+    assert call(node)[0] == {}
+    assert call(node, learning_rate=1e-3, rank=0, renoised=0.0)[0] == {"learning_rate": 1e-3, "rank": 0, "renoised": 0.0}
+    shown = {widget.id: widget for widget in node.GET_SCHEMA().inputs}
+    assert tuple(shown["objective"].options[1:]) == engine.OBJECTIVES and set(shown) == {field.name for field in dataclasses.fields(engine.Recipe)}
+
+
+def test_a_preset_that_makes_a_lora_ends_in_a_file_for_the_stock_lora_loader(comfyui, teacher, distil, pack, refused):
+    """The MODEL that Distill hands out, the saved LoRA over the teacher, and the merged file are one and the same model."""
+    make, save = pack("nodes.student").WanLiteCreateStudent, pack("nodes.student").WanLiteSaveStudent
+    same, _ = call(make, model=teacher, prompts=BANK, latent=LATENT, preset="same size")
+    few = call(pack("nodes.recipe").WanLiteRecipe, learning_rate=2e-2, batch_size=2, warmup=1, rank=2, student_steps=2, teacher_steps=2, evaluations=2)[0]
+    student, model, *_ = distil("lora", student=same, preset="few-step 4", recipe=few)
+    assert student.card.steps == 2 and student.card.cfg == 1.0 and student.loras and student.same_as
+    name, report = call(save, student=student, name="two-steps", format="LoRA", dtype="bf16", overwrite=False)
+    assert name == "two-steps.safetensors" and "verified: ComfyUI's LoRA loader opened it" in report
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+    (stock,) = comfyui.nodes.LoraLoaderModelOnly().load_lora_model_only(teacher, name, 1.0)
+    merged, _ = call(save, student=student, name="two-steps-merged", format="single file", dtype="fp32", overwrite=False)
+    (opened,) = comfyui.nodes.UNETLoader().load_unet(merged, "default")
+    wrap, (x, sigma, cond) = pack("nodes.comfy_bridge.teacher").ComfyTeacher, state()
+    expected = wrap(model).velocity(x, sigma, cond)
+    assert relative(wrap(stock).velocity(x, sigma, cond), expected) < 1e-4
+    assert relative(wrap(opened).velocity(x, sigma, cond), expected) < 1e-3
+    assert relative(wrap(teacher).velocity(x, sigma, cond), expected) > 2e-3
+    with refused("is already there"):
+        call(save, student=student, name="two-steps", format="LoRA", dtype="bf16", overwrite=False)
+    with refused("not a LoRA over its teacher"):
+        call(save, student=distil("whole")[0], name="other", format="LoRA", dtype="bf16", overwrite=False)
+
+
+def test_the_image_preset_wants_one_frame(distil, refused):
+    with refused("for one frame and the LATENT has 5"):
+        distil("image", preset="image")

@@ -52,7 +52,7 @@ def test_a_bank_needs_no_text_encoder(node, bank_file):
 
 
 def test_the_text_encoder_is_asked_for_only_when_the_bank_lacks_a_text(node, bank_file):
-    widgets = {"prompt_file": "none", "negative": "", "save_as": "", "preview": 1}
+    widgets = {"prompt_file": "none", "template": "{prompt}", "negative": "", "save_as": "", "preview": 1}
     assert node.check_lazy_status(prompts="prompt 1", bank=bank_file, clip=None, **widgets) == []
     assert node.check_lazy_status(prompts="", bank=bank_file, clip=None, **widgets) == []
     assert node.check_lazy_status(prompts="prompt 1\nnew", bank=bank_file, clip=None, **widgets) == ["clip"]
@@ -65,6 +65,30 @@ def test_only_missing_texts_are_encoded(node, bank_file):
     bank, *_ = call(node, clip=clip, prompts="new one\nprompt 2", bank=bank_file)
     assert clip.asked == ["new one"] and bank.prompts == ("new one", "prompt 2")
     assert torch.equal(bank.contexts[1], random_bank(3).contexts[2])
+
+
+def test_our_own_lists_are_offered_and_can_be_encoded(node):
+    (files,) = [widget.options for widget in node.GET_SCHEMA().inputs if widget.id == "prompt_file"]
+    assert {"WanLite/video.txt", "WanLite/image.txt"} <= set(files)
+    assert node.validate_inputs(prompt_file="WanLite/video.txt") is True
+    clip = TextEncoder()
+    bank, *_ = call(node, clip=clip, prompt_file="WanLite/video.txt")
+    assert len(bank) >= 96 and len(set(bank.prompts)) == len(bank.prompts) and all(20 < len(prompt) < 200 for prompt in bank.prompts)
+
+
+def test_a_template_is_put_around_each_typed_prompt(node, bank_file):
+    clip = TextEncoder()
+    bank, *_ = call(node, clip=clip, prompts="a cat\na dog", template="ohwx style, {prompt}")
+    assert bank.prompts == ("ohwx style, a cat", "ohwx style, a dog")
+    assert call(node, bank=bank_file, template="ohwx style, {prompt}")[0].prompts == random_bank(3).prompts
+    assert "has no {prompt} in it" in node.validate_inputs(template="ohwx style")
+
+
+@pytest.mark.parametrize("count, words", [(2, "too few"), (9, "are few"), (24, None)])
+def test_too_few_prompts_are_told(node, caplog, count, words):
+    with caplog.at_level("INFO"):
+        call(node, clip=TextEncoder(), prompts="\n".join(f"prompt number {i}" for i in range(count)))
+    assert words in caplog.text if words else "few" not in caplog.text
 
 
 def test_a_prompt_file_is_added(comfyui, node):

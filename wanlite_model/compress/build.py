@@ -33,7 +33,7 @@ from .report import Measured, describe
 
 log = logging.getLogger(__name__)
 
-VERSION = 1                 # raise it when the same request would give other weights
+VERSION = 2                 # raise it when the same request would give other weights
 NOTE = "start.json"
 HELD_OUT = 8                # states for the report, which take no part in any choice
 LEAST_STATES, MOST_STATES, DEPTH_STATES = 8, 64, 16
@@ -213,7 +213,8 @@ def _write(folder: Path, fingerprint: str, teacher: Teacher, plan: CompressionPl
                                 tensors=start_student(_counted(teacher.weights(), size), plan, cuts))
         report = describe(plan, measured, teacher_config=teacher.config, teacher=tuple(size),
                           student=(sum(map(math.prod, wan_shapes(config).values())), written.bytes))
-        handle = StudentHandle(folder=str(place), config=config, plan=plan, fingerprint=fingerprint, card=card)
+        handle = StudentHandle(folder=str(place), config=config, plan=plan, fingerprint=fingerprint, card=card,
+                               same_as=teacher.fingerprint if plan.prunes_nothing else "")
         write_json(written.path / NOTE, {"handle": {**handle.to_json(), "folder": ""}, "report": report, "bytes": written.file.stat().st_size})
         if place.exists():                              # damaged: _read refused it
             shutil.rmtree(place)

@@ -29,7 +29,7 @@ class Opened:
     loras: tuple[Lora, ...]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of the whole student, one at a time, LoRAs merged in."""
+        """(name, tensor) of the whole student, one at a time and in the file's dtypes; what a LoRA changes is in fp32, not rounded."""
         found = self.source.tensors()
         for lora in self.loras:
             found = lora.merged(found)
@@ -40,7 +40,8 @@ class Opened:
 class StudentHandle:
     """A student on disk. folder: where it is, or its single file. fingerprint: of what its weights came from. card: how to sample it.
 
-    loras: files of adapters that belong to it, each over the weights with those before it merged in.
+    loras: files of adapters that belong to it, each over the weights with those before it merged in. same_as: the fingerprint of the
+    teacher whose weights lie in the folder as they are; empty where they were cut or trained.
     """
     folder: str
     config: WanConfig
@@ -48,6 +49,7 @@ class StudentHandle:
     fingerprint: str
     card: StudentCard | None = None
     loras: tuple[str, ...] = ()
+    same_as: str = ""
 
     @property
     def file(self) -> Path:
@@ -78,7 +80,7 @@ class StudentHandle:
                        fingerprint=fingerprint_tensors(source.tensors()))
 
     def to_json(self) -> dict[str, Any]:
-        return {"folder": self.folder, "loras": list(self.loras), "config": asdict(self.config), "plan": self.plan.to_json(), "fingerprint": self.fingerprint,
+        return {"folder": self.folder, "loras": list(self.loras), "same_as": self.same_as, "config": asdict(self.config), "plan": self.plan.to_json(), "fingerprint": self.fingerprint,
                 "card": None if self.card is None else self.card.to_json()}
 
     @classmethod
@@ -90,7 +92,7 @@ class StudentHandle:
                 raise TypeError(f"fields {', '.join(sorted(set(value) ^ names))}")
             card = None if value["card"] is None else StudentCard.from_json(value["card"])
             return cls(folder=value["folder"], config=WanConfig(**value["config"]), plan=CompressionPlan.from_json(value["plan"]),
-                       fingerprint=value["fingerprint"], card=card, loras=tuple(value["loras"]))
+                       fingerprint=value["fingerprint"], card=card, loras=tuple(value["loras"]), same_as=value["same_as"])
         except TypeError as error:
             raise WanLiteError(f"The note about a student cannot be read ({error}).", "Another version of WanLite may have written it.",
                                "Create the student again.") from error

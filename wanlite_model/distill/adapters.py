@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import WanConfig
 from ..errors import WanLiteError
+from ..formats.keymap import wan_shapes
 from ..formats.lora import Factors
 from ..transformer import WanLiteStudent
 
@@ -60,6 +62,11 @@ class Adapters:
         """The factors by layer, from tensors under the names of `parameters`."""
         return {path: Factors(down=parameters[f"{path}.lora_A.weight"], up=parameters[f"{path}.lora_B.weight"], scale=scale)
                 for path, scale in self.scales.items()}
+
+
+def adapter_size(config: WanConfig, rank: int) -> int:
+    """Parameters of such adapters on a WAN of this architecture."""
+    return sum(rank * sum(shape) for name, shape in wan_shapes(config).items() if name.startswith("blocks.") and len(shape) == 2)
 
 
 def fresh_factors(module: WanLiteStudent, rank: int, generator: torch.Generator) -> dict[str, Factors]:

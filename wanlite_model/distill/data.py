@@ -331,11 +331,18 @@ def _visit(job: DistillJob, group: Sequence[Unit], answers: _Answers, latents: T
     else:
         x0 = torch.stack([latents[u.item].float() for u in group])
     draws = [seeded(job.train_seed, "renoise", u.index) for u in group]
-    sigmas = torch.stack([flow.sample_sigma(renoised, job.shift, job.recipe.full_range, draw) for draw in draws])    # [G, R]
+    sigmas = torch.stack([_renoised_sigmas(job, renoised, draw) for draw in draws])                     # [G, R]
     for k in range(renoised):
         noise = torch.stack([torch.randn(job.shape, generator=draw) for draw in draws])
         answers(flow.add_noise(x0, noise, sigmas[:, k]), sigmas[:, k])
         yield
+
+
+def _renoised_sigmas(job: DistillJob, count: int, draw: torch.Generator) -> Tensor:
+    if job.grid_only:
+        grid = rollout_sigmas(job)[:-1]
+        return grid[torch.randint(len(grid), (count,), generator=draw)]
+    return flow.sample_sigma(count, job.shift, job.recipe.full_range, draw)
 
 
 def _collate(states: Sequence[dict[str, Tensor]], units: Sequence[Unit]) -> Batch:

@@ -35,7 +35,7 @@ def write_finished(job: DistillJob, files: RunFolder, start: StudentHandle, teac
     best = files.load_best()
     if state.adapters is None:
         write_student(files.student, config=start.config, tensors=best.items(), card=card, overwrite=True)
-        handle = replace(start, folder=str(files.student), loras=(), fingerprint=fingerprint_tensors(best.items()), card=card)
+        handle = replace(start, folder=str(files.student), loras=(), same_as="", fingerprint=fingerprint_tensors(best.items()), card=card)
     else:
         write_lora(files.lora, Lora(factors=state.adapters.factors(best)), card=card)
         handle = replace(start, loras=(*start.loras, str(files.lora)), fingerprint=fingerprint_tensors(best.items(), start.fingerprint), card=card)

@@ -10,6 +10,7 @@ from ..errors import WanLiteError
 Objective = Literal["velocity", "velocity + features", "trajectory"]
 OBJECTIVES: tuple[Objective, ...] = ("velocity", "velocity + features", "trajectory")
 MIN_UNITS = 16                  # rollouts a job caches at least, however few prompts there are and however few steps
+FEW_STEPS = 8                   # a teacher without cfg that takes no more is a few-step model
 HOLDOUT_PROMPTS = 8             # from this many prompts on, whole prompts are held out
 
 
@@ -104,6 +105,11 @@ class DistillJob:
         if self.sigmas is not None:
             return len(self.sigmas) - 1
         return self.recipe.student_steps if self.trajectory else self.recipe.teacher_steps
+
+    @property
+    def grid_only(self) -> bool:
+        """Whether the teacher itself is a few-step model, which answers as it was meant to at its own sigmas alone."""
+        return not self.guided and self.path_steps <= FEW_STEPS
 
     @property
     def substeps(self) -> int:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class Lora:
     diffs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def merged(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The base's (name, tensor) with this LoRA in them: summed in fp32, rounded once to the tensor's dtype."""
+        """The base's (name, tensor) with this LoRA in them; what it changes comes in fp32, so that it is rounded only where it is written."""
         for name, tensor in tensors:
             found = self.factors.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
             with torch.inference_mode(False), torch.no_grad():
@@ -53,7 +53,21 @@ class Lora:
                     changed = changed.float() + found.delta().to(tensor.device)
                 if name in self.diffs:
                     changed = changed.float() + self.diffs[name].to(tensor.device, torch.float32)
-                yield name, changed.to(tensor.dtype)
+                yield name, changed
+
+
+def stacked(loras: Sequence[Lora]) -> Lora:
+    """One LoRA that adds what all of these add: their ranks side by side."""
+    factors: dict[str, Factors] = {}
+    for layer in dict.fromkeys(layer for lora in loras for layer in lora.factors):
+        parts = [lora.factors[layer] for lora in loras if layer in lora.factors]
+        factors[layer] = parts[0] if len(parts) == 1 else Factors(
+            down=torch.cat([part.down.float() for part in parts]), up=torch.cat([part.scale * part.up.float() for part in parts], dim=1), scale=1.0)
+    diffs: dict[str, Tensor] = {}
+    for lora in loras:
+        for name, diff in lora.diffs.items():
+            diffs[name] = diff if name not in diffs else diffs[name].float() + diff.float()
+    return Lora(factors=factors, diffs=diffs)
 
 
 def read_lora(path: Path, config: WanConfig) -> Lora:
@@ -81,8 +95,8 @@ def read_lora(path: Path, config: WanConfig) -> Lora:
             parts.setdefault(layer, {})[leaf] = tensor
     factors = {layer: _factors(path, layer, part, shapes[f"{layer}.weight"]) for layer, part in parts.items()}
     if strange or not (factors or diffs):
-        told = f"It has {strange[0]!r}" + (f" and {len(strange) - 1} more that no such WAN has." if len(strange) > 1 else ".")
-        raise WanLiteError(f"{path.name} is no LoRA for a WAN of {config.num_layers} blocks of {config.dim}.", told if strange else "", CHOOSE)
+        told = f"It changes {strange[0]!r} and {len(strange) - 1} more, which such a WAN does not have." if strange else "It changes nothing."
+        raise WanLiteError(f"{path.name} is no LoRA for a WAN of {config.num_layers} blocks of {config.dim}.", told, CHOOSE)
     return Lora(factors=factors, diffs=diffs)
 
 

@@ -19,6 +19,7 @@ from ..files import patiently, read_json
 from .card import PREFIX, StudentCard
 from .container import Writer, read_header
 from .keymap import wan_shapes
+from .lora import Lora, write_lora
 from .place import check_name, put_in_place, sentence_for, temporary_place
 from .workflow import stock_workflow
 
@@ -89,6 +90,24 @@ def write_student(destination: Path, *, config: WanConfig, tensors: Iterable[tup
                       sentence=_sentence(destination.name, config, size, verified), workflow=workflow if graph and workflow else None)
 
 
+def save_lora(destination: Path, lora: Lora, *, dtype: torch.dtype = torch.bfloat16, card: StudentCard | None = None,
+              verify: Callable[[Path], Verified] | None = None, overwrite: bool = False) -> SaveReport:
+    """Writes `<name>.safetensors` under the keys that ComfyUI's LoRA loader takes; otherwise as write_student does."""
+    destination = Path(destination).absolute()
+    check_name(_name(destination, single=True))
+    _check_free(destination, None, overwrite)
+    try:
+        with temporary_place(destination) as place:
+            new = place / destination.name
+            size = write_lora(new, lora, dtype=dtype, card=card)
+            verified = verify(new) if verify else None
+            put_in_place([(new, destination)], destination)
+    except OSError as error:
+        raise sentence_for(error, destination.name) from error
+    told = f"Saved {destination.name}: a LoRA on {len(lora.factors)} layers, {size / 2**20:,.1f} MiB"
+    return SaveReport(path=destination, file=destination, bytes=size, verified=verified, sentence=_verdict(told, verified), workflow=None)
+
+
 def _name(destination: Path, single: bool) -> str:
     if not single:
         return destination.name
@@ -152,7 +171,10 @@ def _json(path: Path, value: Any) -> None:
 
 
 def _sentence(name: str, config: WanConfig, size: int, verified: Verified | None) -> str:
-    saved = f"Saved {name}: {config.num_layers} blocks of {config.dim}, {size / 2**20:,.1f} MiB of weights"
+    return _verdict(f"Saved {name}: {config.num_layers} blocks of {config.dim}, {size / 2**20:,.1f} MiB of weights", verified)
+
+
+def _verdict(saved: str, verified: Verified | None) -> str:
     if verified is None:
         return f"{saved}; not verified, since nothing was there to open it with."
     if verified.difference is None:

@@ -1,0 +1,203 @@
+"""What a student is worth: its clips against the teacher's from the same noise, and its velocities on the teacher's states."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from demo import words
+from demo.measure import VAE, sample
+from demo.vae import Vae
+from demo.world import World
+from wanlite_model import flow
+from wanlite_model.distill.evaluate import BUCKETS
+from wanlite_model.transformer import WanLiteStudent
+
+AT_ONCE = 16
+STATE_PAIRS, STATE_STEPS, STATES_FROM = 32, 16, 5000            # held-out paths, their steps, and the number of the first pair
+RENOISED = 8
+VARIED_PROMPTS, VARIED_SEEDS, VARIED_FROM = 8, 4, 9000          # for the diversity between seeds
+SHAPES = {"4x frames": (4, 1, 1), "wide": (1, 0.5, 2), "tall": (1, 1.5, 0.5)}      # of frames, rows and columns
+
+
+def sampled(model: WanLiteStudent, world: World, pairs: list[tuple[str, Tensor]], steps: int, cfg: float) -> Tensor:
+    """Processed latents [N, C, T, H, W]."""
+    device = next(model.parameters()).device
+    parts = []
+    for start in range(0, len(pairs), AT_ONCE):
+        prompts, noise = zip(*pairs[start:start + AT_ONCE])
+        parts.append(sample(model, prompts, torch.stack(noise).to(device), steps, cfg, world).cpu())
+    return torch.cat(parts)
+
+
+def decoded(vae: Vae, latents: Tensor) -> np.ndarray:
+    """Clips [N, T, H, W, 3] as bytes, as a file would hold them."""
+    return np.concatenate([(vae.decode(part) * 255).round().byte().numpy() for part in latents.split(AT_ONCE)])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Reference:
+    """What the teacher does, made once: its clips and latents on the pairs, and its answers on states that nobody trains on."""
+    world: World
+    pairs: list[tuple[str, Tensor]]
+    clips: np.ndarray
+    varied: np.ndarray
+    states: Mapping[str, Mapping[str, Tensor]]      # {shape name: {x, sigma, v_pos, v_w, prompt}}
+
+    @classmethod
+    def of(cls, world: World, teacher: WanLiteStudent, vae: Vae, count: int, place: Path, steps: int = 30, cfg: float | None = None) -> Reference:
+        """Reads it from `place`, or makes it there."""
+        cfg = world.cfg if cfg is None else cfg
+        pairs = world.pairs(count)
+        place.mkdir(parents=True, exist_ok=True)
+        clips_at, states_at = place / f"clips-{count}-{steps}.npz", place / "states.safetensors"
+        if not clips_at.is_file():
+            clips = decoded(vae, sampled(teacher, world, pairs, steps, cfg))
+            varied = decoded(vae, sampled(teacher, world, varied_pairs(world), steps, cfg))
+            np.savez(clips_at.with_suffix(".part.npz"), clips=clips, varied=varied)
+            clips_at.with_suffix(".part.npz").replace(clips_at)
+        if not states_at.is_file():
+            found = {f"{name}/{key}": value for name, shape in shapes_of(world).items()
+                     for key, value in teacher_states(teacher, world, shape, cfg, STATE_PAIRS if name == "own" else 8).items()}
+            save_file(found, states_at)
+        stored, states = np.load(clips_at), {}
+        for key, value in load_file(states_at).items():
+            name, _, leaf = key.partition("/")
+            states.setdefault(name, {})[leaf] = value
+        return cls(world=world, pairs=pairs, clips=stored["clips"], varied=stored["varied"], states=states)
+
+
+def shapes_of(world: World) -> dict[str, tuple[int, int, int, int]]:
+    """The world's latent shape, and shapes that no student is trained at."""
+    channels, *sizes = world.latents
+    return {"own": world.latents, **{name: (channels, *(int(size * factor) for size, factor in zip(sizes, factors)))
+                                     for name, factors in SHAPES.items()}}
+
+
+def varied_pairs(world: World) -> list[tuple[str, Tensor]]:
+    """Some prompts, each from several noises."""
+    numbered = world.pairs(VARIED_PROMPTS * VARIED_SEEDS, first=VARIED_FROM)
+    return [(numbered[i // VARIED_SEEDS][0], noise) for i, (_, noise) in enumerate(numbered)]
+
+
+@torch.inference_mode()
+def teacher_states(teacher: WanLiteStudent, world: World, shape: tuple[int, int, int, int], cfg: float, count: int) -> dict[str, Tensor]:
+    """Every other state of the guided teacher's paths, and their ends noised again to even sigmas, since a shifted path has no low ones.
+
+    Returns x, v_pos, v_w [S, C, T, H, W], sigma [S], prompt [S] (a number among world.prompts).
+    """
+    rows: dict[str, list[Tensor]] = {name: [] for name in ("x", "sigma", "v_pos", "v_w", "prompt")}
+    for first in range(0, count, AT_ONCE):
+        size = min(AT_ONCE, count - first)
+        prompts = [prompt for prompt, _ in world.pairs(size, first=STATES_FROM + first)]
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(STATES_FROM + first + i)) for i in range(size)])
+        positive, negative = context_of(prompts), context_of([world.negative] * size)
+        answers: list[tuple[Tensor, Tensor]] = []
+
+        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+            v_pos, v_neg = (velocity_of(teacher)(x, sigma, context) for context in (positive, negative))
+            answers.append((v_pos, flow.guided(v_neg, v_pos, cfg)))
+            return answers[-1][1]
+
+        *path, (x0, _, _) = flow.euler_steps(velocity, noise, flow.schedule(STATE_STEPS, world.shift))
+        visited = [(x, sigma) for x, sigma, _ in path]
+        for k in range(RENOISED):
+            fresh = torch.randn(noise.shape, generator=torch.Generator().manual_seed(STATES_FROM + first + 1000 * (k + 1)))
+            visited.append((flow.add_noise(x0, fresh, s := torch.full((size,), (k + 0.5) / RENOISED)), s))
+            velocity(*visited[-1])
+        for (x, sigma), (v_pos, v_w) in list(zip(visited, answers))[first // AT_ONCE % 2::2]:
+            numbers = torch.tensor([world.prompts.index(prompt) for prompt in prompts])
+            for name, value in zip(rows, (x, sigma, v_pos, v_w, numbers)):
+                rows[name].append(value)
+    return {name: torch.cat(values) for name, values in rows.items()}
+
+
+def context_of(prompts: list[str]) -> Tensor:
+    """[B, longest, 4096]."""
+    longest = max(1, *(len(words.embed(prompt)) for prompt in prompts))
+    return words.context(prompts)[:, :longest]
+
+
+def velocity_of(model: WanLiteStudent) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """(x, sigma, context) -> the velocity on the CPU, wherever the model is."""
+    device = next(model.parameters()).device
+    return lambda x, sigma, context: model(x.to(device), flow.TIMESTEPS * sigma.to(device), context.to(device)).cpu()
+
+
+@torch.inference_mode()
+def velocity_scores(model: WanLiteStudent, reference: Reference, cfg: float) -> dict[str, float]:
+    """error: sum |v - v_w|^2 / sum |v_w|^2 on the world's own shape, per quarter of sigma, and on the other shapes; closure of guidance."""
+    world, found = reference.world, {}
+    for name, states in reference.states.items():
+        error = []
+        for part in torch.arange(len(states["x"])).split(2 * AT_ONCE if name == "own" else AT_ONCE // 2):
+            x, sigma = states["x"][part], states["sigma"][part]
+            prompts = [world.prompts[number] for number in states["prompt"][part].tolist()]
+            v = velocity_of(model)(x, sigma, context_of(prompts))
+            if cfg != 1:
+                v = flow.guided(velocity_of(model)(x, sigma, context_of([world.negative] * len(part))), v, cfg)
+            error.append((v - states["v_w"][part]).square().flatten(1).sum(1))
+        error, scale = torch.cat(error).double(), states["v_w"].square().flatten(1).sum(1).double()
+        found["error" if name == "own" else f"error, {name}"] = float(error.sum() / scale.sum())
+        if name == "own":
+            bucket = (states["sigma"] * BUCKETS).long().clamp(0, BUCKETS - 1)
+            for b in range(BUCKETS):
+                found[f"error {b + 1}/4"] = float(error[bucket == b].sum() / scale[bucket == b].sum()) if bool((bucket == b).any()) else math.nan
+            gap = (states["v_pos"] - states["v_w"]).square().double().sum()
+            found["closure"] = float(1 - error.sum() / gap) if gap > 0 else math.nan
+    return found
+
+
+def clip_scores(model: WanLiteStudent, reference: Reference, vae: Vae, steps: int, cfg: float) -> dict[str, float]:
+    """Adherence (a count), PSNR in dB, and ratios to the teacher's clips of sharpness, motion, saturation and diversity between seeds."""
+    world = reference.world
+    clips = decoded(vae, sampled(model, world, reference.pairs, steps, cfg))
+    varied = decoded(vae, sampled(model, world, varied_pairs(world), steps, cfg))
+    return {"right": sum(right(world, clip, prompt) for clip, (prompt, _) in zip(clips, reference.pairs)), "videos": len(clips),
+            **compared(clips, reference.clips), "diversity": spread(varied) / spread(reference.varied)}
+
+
+def right(world: World, clip: np.ndarray, prompt: str) -> bool:
+    """Whether the clip shows all that was asked; of a single frame, all but what moves."""
+    shown = world.adherence(clip / np.float32(255), prompt)
+    return all(value for name, value in shown.items() if len(clip) > 1 or name != world.moving)
+
+
+def compared(clips: np.ndarray, others: np.ndarray) -> dict[str, float]:
+    """psnr, and each statistic as a ratio: ours / theirs."""
+    ours, theirs = (frames.astype(np.float32) / 255 for frames in (clips, others))
+    error = float(np.square(ours - theirs).mean())
+    ratios = {name: statistic(ours) / statistic(theirs) for name, statistic in
+              (("sharpness", sharpness), ("motion", motion), ("saturation", saturation)) if name != "motion" or ours.shape[1] > 1}
+    return {"psnr": -10 * math.log10(max(error, 1e-12)), **ratios}
+
+
+def sharpness(clips: np.ndarray) -> float:
+    """Mean size of the difference between neighbouring pixels."""
+    return float(np.abs(np.diff(clips, axis=2)).mean() + np.abs(np.diff(clips, axis=3)).mean())
+
+
+def motion(clips: np.ndarray) -> float:
+    """Mean size of the difference between neighbouring frames."""
+    return float(np.abs(np.diff(clips, axis=1)).mean())
+
+
+def saturation(clips: np.ndarray) -> float:
+    """Mean distance between a pixel's largest and smallest channel."""
+    return float((clips.max(-1) - clips.min(-1)).mean())
+
+
+def spread(clips: np.ndarray) -> float:
+    """Root mean square difference between clips of the same prompt from different noise."""
+    groups = clips.reshape(VARIED_PROMPTS, VARIED_SEEDS, -1).astype(np.float32) / 255
+    return float(np.sqrt(np.square(groups - groups.mean(1, keepdims=True)).mean()))
+
+
+def open_vae() -> Vae:
+    return Vae(VAE)

@@ -1,0 +1,148 @@
+"""Trains and measures one row, in a process of its own."""
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from demo import words
+from demo.comfy_path import open_comfyui
+from demo.vae import Vae
+from demo.world import BALLS, World
+from wanlite_model.compress.apply import plain_cut
+from wanlite_model.compress.build import create_student
+from wanlite_model.compress.handle import StudentHandle
+from wanlite_model.distill.checkpoint import RunFolder
+from wanlite_model.distill.events import Finished
+from wanlite_model.distill.finish import finished_from_disk
+from wanlite_model.distill.job import DistillJob
+from wanlite_model.distill.trainer import run
+from wanlite_model.files import write_json
+from wanlite_model.formats.write import MODEL_FILE, write_student
+from wanlite_model.teacher import ModuleTeacher
+from wanlite_model.transformer import WanLiteStudent
+
+from .. import bars
+from .rows import Row
+from .score import Reference, clip_scores, open_vae, velocity_scores
+from .task import Task
+
+WORLDS = {"balls": BALLS, "bars": bars.BARS}
+ROUNDS = 3              # timed videos of each row
+
+
+def prepare(tasks: Sequence[Task], device: str) -> None:
+    """Sees to it that each world's teacher is there, and what the rows are compared with."""
+    if any(task.world == "bars" for task in tasks):
+        bars.train()
+    for task in {(task.world, task.row.frames): task for task in tasks}.values():
+        world = world_of(task)
+        reference_of(task, world, teacher_of(world, device), open_vae())
+
+
+def teacher_of(world: World, device: str) -> WanLiteStudent:
+    return WanLiteStudent.from_pretrained(world.teacher, torch_dtype=torch.float32, device=device)
+
+
+def reference_of(task: Task, world: World, teacher: WanLiteStudent, vae: Vae) -> Reference:
+    return Reference.of(world, teacher, vae, task.videos, task.home / task.world / f"reference-{world.latents[1]}")
+
+
+def settle(task: Task, device: str) -> dict:
+    """Trains what is to be trained, measures it, and keeps the scores in the task's folder."""
+    if device == "cpu":
+        torch.set_num_threads(1)        # the other cores have tasks of their own
+    world, row = world_of(task), task.row
+    module, vae = teacher_of(world, device), open_vae()
+    reference = reference_of(task, world, module, vae)
+    student, trained = module, {"iterations": 0, "train seconds": 0.0}
+    if row.recipe is not None:
+        end = train(task, world, ModuleTeacher(module, shift=world.shift), device)
+        student = end.handle.load(torch.float32, device)
+        trained = {"iterations": len(end.losses), "train seconds": sum(e["seconds"] for e in RunFolder(task.folder / "run").rows("step"))}
+    elif row.share < 1:
+        student = cut(module, row, world)
+    cfg = world.cfg if row.cfg is None else row.cfg
+    scores = {**velocity_scores(student, reference, cfg), **clip_scores(student, reference, vae, row.steps, cfg), **trained,
+              "parameters": student.num_parameters(), "evaluations": row.steps * (1 if cfg == 1 else 2)}
+    write_student(task.folder / "student", config=student.wan, tensors=student.state_dict().items(), dtype=torch.bfloat16, overwrite=True)
+    write_json(task.folder / "scores.json", {"key": task.key, "scores": scores})
+    return scores
+
+
+def world_of(task: Task) -> World:
+    world = WORLDS[task.world]
+    channels, frames, *size = world.latents
+    return replace(world, latents=(channels, task.row.frames or frames, *size))
+
+
+def cut(teacher: WanLiteStudent, row: Row, world: World) -> WanLiteStudent:
+    """The plain cut, untrained."""
+    config = teacher.wan.resized(num_layers=round(teacher.wan.num_layers * row.share), ffn_dim=teacher.wan.ffn_dim)
+    student = WanLiteStudent.from_wan(config)
+    student.load_state_dict(dict(plain_cut(ModuleTeacher(teacher, shift=world.shift), config)))
+    return student.to(next(teacher.parameters()).device).eval()
+
+
+def train(task: Task, world: World, teacher: ModuleTeacher, device: str) -> Finished:
+    """The row's student; from disk when an earlier call came to its end."""
+    row, bank = task.row, world.bank()
+    cfg, recipe = world.cfg, row.recipe
+    if row.of:
+        module = handle_of(task, row.of).load(torch.float32, device)
+        teacher, cfg, recipe = ModuleTeacher(module, shift=world.shift), 1.0, replace(recipe, teacher_steps=4)
+    start = handle_of(task, row.after) if row.after else fresh(task, world) if row.scratch else created(task, world, teacher, cfg)
+    job = DistillJob(student=start.fingerprint, teacher=teacher.fingerprint, prompts=bank.fingerprint, shape=world.latents, shift=world.shift,
+                     cfg=cfg, steps=row.training, train_seed=task.seed, recipe=recipe)
+    *_, end = run(job, task.folder / "run", task.home / task.world / "cache", teacher, start, bank)
+    return end
+
+
+def handle_of(task: Task, name: str) -> StudentHandle:
+    return finished_from_disk(RunFolder(task.folder_of(name) / "run")).handle
+
+
+def created(task: Task, world: World, teacher: ModuleTeacher, cfg: float) -> StudentHandle:
+    making = create_student(teacher, world.bank(), world.latents, depth=round(teacher.config.num_layers * task.row.share), method=task.row.method,
+                            seed=task.seed, cfg=cfg, folder=task.home / task.world / "starts")
+    while True:
+        try:
+            next(making)
+        except StopIteration as end:
+            return end.value[0]
+
+
+def fresh(task: Task, world: World) -> StudentHandle:
+    """Random weights of the row's size."""
+    torch.manual_seed(task.seed)
+    config = world.config.resized(num_layers=round(world.config.num_layers * task.row.share), ffn_dim=world.config.ffn_dim)
+    place = task.folder / "scratch"
+    if not place.exists():
+        WanLiteStudent.from_wan(config).save_pretrained(place)
+    return StudentHandle.of(place)
+
+
+def time_all(tasks: list[Task]) -> None:
+    """Median seconds of a video through ComfyUI's own loader and sampler, warm, the rows of a world in turn; into each scores.json."""
+    open_comfyui()
+    import comfy.sample
+    import comfy.sd
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+    todo = [task for task in tasks if "seconds" not in task.result()]
+    opened = {task: ModelSamplingSD3().patch(comfy.sd.load_diffusion_model(str(task.folder / "student" / MODEL_FILE)), world_of(task).shift)[0]
+              for task in todo}
+    seconds: dict[Task, list[float]] = {task: [] for task in todo}
+    for turn in range(ROUNDS + 1):              # the first is not counted: it is cold
+        for task, model in opened.items():
+            world = world_of(task)
+            prompt, noise = world.pairs(1, first=turn)[0]
+            begun = time.perf_counter()
+            comfy.sample.sample(model, noise[None], task.row.steps, world.cfg if task.row.cfg is None else task.row.cfg, "euler", "simple",
+                                [[words.context([prompt]), {}]], [[words.context([world.negative]), {}]],
+                                torch.zeros(1, *world.latents), disable_pbar=True)
+            seconds[task].append(time.perf_counter() - begun)
+    for task, times in seconds.items():
+        write_json(task.folder / "scores.json", {"key": task.key, "scores": {**task.result(), "seconds": statistics.median(times[1:])}})
