@@ -48,7 +48,6 @@ class Training:
         """changes: to the preset's recipe. settings: of DistillJob. Raises WanLiteError when the parts do not belong together."""
         teacher = ComfyTeacher(model)
         its = teacher.config
-        _check_kin(student.config, its)
         chosen = PRESETS[preset]
         shape, latents = shape_of(latent, its.in_dim), training_latents(latent, model, its.in_dim)
         check_latents(latents, prompts)
@@ -107,19 +106,3 @@ class Training:
             decoded = self.vae.decode(self.model.get_model_object("latent_format").process_out(latents))
         frames = decoded.reshape(-1, *decoded.shape[-3:])                                       # [frames, H, W, 3]
         return frames[len(frames) // 2]
-
-
-def _check_kin(student: WanConfig, teacher: WanConfig) -> None:
-    """Raises WanLiteError unless the student can have been cut out of such a teacher: what it is compared with is cut out so."""
-    told = ""
-    if (student.in_dim, student.out_dim) != (teacher.in_dim, teacher.out_dim):
-        told = f"The student has {student.in_dim} latent channels and the teacher {teacher.in_dim}."
-    elif student.dim != teacher.dim:
-        told = f"The student is {student.dim} wide and the teacher {teacher.dim}."
-    elif student.num_layers > teacher.num_layers:
-        told = f"The student has {student.num_layers} blocks and the teacher {teacher.num_layers}."
-    elif student.ffn_dim > teacher.ffn_dim:
-        told = f"The student has {student.ffn_dim} FFN neurons in a block and the teacher {teacher.ffn_dim}."
-    if told:
-        raise WanLiteError(told, "For now a student learns from the WAN it was made from, or one of its shape.",
-                           "Connect that teacher, or make a student from this one with WanLite Create Student.")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from wanlite_model import flow
 from wanlite_model.compress.build import create_student
+from wanlite_model.compress.handle import StudentHandle
 from wanlite_model.distill.events import Eval, Finished, Sample, Saved, Stage, Step
 from wanlite_model.distill.job import DistillJob, Recipe
 from wanlite_model.distill.trainer import run
@@ -329,12 +330,17 @@ def test_a_job_that_cannot_start_says_so_and_writes_nothing(setting, change, tol
     assert not (setting.folder / "never").exists()
 
 
-def test_a_student_that_was_not_cut_from_this_teacher_is_refused_before_any_work(setting, tmp_path):
-    other = Setting(tmp_path, depth=4)
-    other.teacher = random_teacher(depth=3)
-    with pytest.raises(WanLiteError, match="cut from its teacher"):
-        list(other.events(other.job(), "never"))
-    assert not (tmp_path / "never").exists() and not (tmp_path / "cache").exists()
+def test_any_wan_of_the_same_latents_can_learn_from_a_teacher(setting, tmp_path):
+    """Another width, more blocks: a genuine WAN of its own. Its start takes the place of the plain cut."""
+    other = Setting(tmp_path)
+    WanLiteStudent(hidden_size=256, depth=5, ffn_dim=128).save_pretrained(tmp_path / "wider")
+    other.student = StudentHandle.of(tmp_path / "wider")
+    *_, end = other.events(other.job(steps=30, recipe={"learning_rate": 1e-3}), "wider")
+    assert end.handle.config.dim == 256 and "times below the untrained student" in end.report
+    assert end.evaluations[-1][1] < 0.9 * end.plain_cut
+    with pytest.raises(WanLiteError, match="what was cut from it"):
+        list(other.events(other.job(recipe={"objective": "velocity + features"}), "never"))
+    assert not (tmp_path / "never").exists()
 
 
 def test_an_adapter_run_trains_adapters_alone_and_hands_out_a_lora(setting):

@@ -20,12 +20,19 @@ from .events import Finished
 from .job import HOLDOUT_PROMPTS, DistillJob
 
 
+PLAIN_CUT = "plain cut of the same size"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """Held-out errors: of the best weights as they are handed out (rounded to bf16), of the start, of the plain cut."""
+    """Held-out errors: of the best weights as they are handed out (rounded to bf16), of the start, and of what the student is compared with.
+
+    yardstick: what the last is: the plain cut, or what stands for it.
+    """
     best: Held
     start: Held
     plain: Held
+    yardstick: str = PLAIN_CUT
 
 
 def write_finished(job: DistillJob, files: RunFolder, start: StudentHandle, teacher: Teacher, state: TrainState, planned: int,
@@ -80,14 +87,16 @@ def _report(job: DistillJob, measured: Measured, state: TrainState, planned: int
     on_what = (f"Measured on {held.states} states of {len(held_prompts)} prompts that were never trained on." if apart else
                 f"Measured on {held.states} states from other noise of the same prompts, since {HOLDOUT_PROMPTS} prompts are needed to hold "
                 "whole ones out: on new prompts the error may be larger.")
-    compared = (f"{plain.error / held.error:.1f} times below the plain cut of the same size" if 0 < held.error < plain.error else
-                "not below the plain cut of the same size" if held.error else "no error is left")
+    what = ("end of a clip, after its own steps, against that of" if job.trajectory else "velocity against")
+    other = measured.yardstick
+    compared = (f"{plain.error / held.error:.1f} times below the {other}" if 0 < held.error < plain.error else
+                f"not below the {other}" if held.error else "no error is left")
     lines = [
-        f"Held-out velocity error against {target}: {held.error:.4f} (start {started.error:.4f}, plain cut {plain.error:.4f}): "
-        f"{compared}. 0 would be the teacher itself.",
+        f"Held-out error of its {what} {target}: {held.error:.4f} (start {started.error:.4f}, {other} {plain.error:.4f}): {compared}. 0 would be "
+        "the teacher itself.",
         on_what,
         "By sigma, from clean to noise: " + ", ".join("-" if math.isnan(b) else f"{b:.4f}" for b in held.buckets)
-        + " (plain cut " + ", ".join("-" if math.isnan(b) else f"{b:.4f}" for b in plain.buckets) + ").",
+        + f" ({other} " + ", ".join("-" if math.isnan(b) else f"{b:.4f}" for b in plain.buckets) + ").",
         f"Best of {max(state.step, state.best_step)} steps ({planned} planned) was step {state.best_step}; that one was kept.",
         f"Sample with euler, {_scheduler(job)}, {job.student_steps} steps, "
         f"cfg {job.student_cfg:g}, shift {job.shift:g}.",

@@ -30,7 +30,7 @@ from .checkpoint import RunFolder, TrainState
 from .data import Batch, TeacherCache, check_latents, plan_units, seeded, student_sigmas
 from .evaluate import Held, evaluate, roll, student_velocity
 from .events import Eval, Event, Sample, Saved, Stage, Step
-from .finish import Measured, finished_from_disk, write_finished
+from .finish import PLAIN_CUT, Measured, finished_from_disk, write_finished
 from .job import DistillJob
 from .optim import WeightAverage, lr_at, make_optimizer
 
@@ -106,7 +106,7 @@ class Run:
         handed_out = yield from self._evaluate("evaluating what is handed out")
         yield Stage(name="writing the student", done=0, total=1)
         yield write_finished(self.job, self.files, self.handle, self.teacher, self.state, self.steps, self.cache,
-                             Measured(best=handed_out, start=self.start, plain=self.plain))
+                             Measured(best=handed_out, start=self.start, plain=self.plain, yardstick=self._yardstick()))
 
     def _check(self) -> None:
         check_latents(self.latents, self.prompts)
@@ -116,10 +116,12 @@ class Run:
                 raise WanLiteError(f"The job was made for {name} {getattr(self.job, name)} and was given {fingerprint}.", "",
                                    "Build the job from the parts it is run with.")
         ours, its = self.handle.config, self.teacher.config
-        if ours.dim != its.dim or max(self.handle.plan.keep) >= its.num_layers or ours.ffn_dim > its.ffn_dim:
-            raise WanLiteError(f"The student has {ours.num_layers} blocks of {ours.dim} with FFN {ours.ffn_dim}, the teacher "
-                               f"{its.num_layers} of {its.dim} with FFN {its.ffn_dim}.", "A student is cut from its teacher.",
-                               "Connect the teacher that this student was made from.")
+        if (ours.in_dim, ours.out_dim) != (its.in_dim, its.out_dim):
+            raise WanLiteError(f"The student has {ours.in_dim} latent channels and the teacher {its.in_dim}.",
+                               "They must speak of the same latents.", "Choose a student of the same WAN family.")
+        if self.job.recipe.objective == "velocity + features" and not self._is_cut():
+            raise WanLiteError(f"The student is no part of this teacher: {ours.num_layers} blocks of {ours.dim} beside {its.num_layers} of {its.dim}.",
+                               "Block features can only be compared between a teacher and what was cut from it.", "Choose another objective.")
         channels, _, height, width = self.job.shape
         if channels != self.teacher.config.out_dim:
             raise WanLiteError(f"The latents have {channels} channels; this teacher's have {self.teacher.config.out_dim}.", "",
@@ -127,6 +129,11 @@ class Run:
         if height % 2 or width % 2:
             raise WanLiteError(f"The latents are {width} x {height}.", "WAN needs an even width and height in latents.",
                                "Choose a width and a height that are multiples of 16 pixels.")
+
+    def _is_cut(self) -> bool:
+        """Whether the student can have been cut from this teacher; any other WAN of the same latents can learn from it too."""
+        ours, its = self.handle.config, self.teacher.config
+        return ours.dim == its.dim and max(self.handle.plan.keep) < its.num_layers and ours.ffn_dim <= its.ffn_dim
 
     def _fill_cache(self) -> Generator[Event, None, TeacherCache]:
         """How many units the minutes allow is measured on the first group, and noted before the others are asked for."""
@@ -177,18 +184,33 @@ class Run:
         return resumed
 
     def _baseline(self) -> Generator[Event, None, tuple[Held, Held]]:
-        """The held-out error of the plain cut (the same size, sliced, untrained) and of the start; computed once a run."""
+        """The held-out error of the plain cut (the same size, sliced, untrained) and of the start; computed once a run.
+
+        Where the start is the teacher itself they are one and the same, and a student that is no cut of its teacher has none: its start
+        stands for it.
+        """
         noted = self.files.noted("baseline")
         if noted is None:
-            start = yield from self._evaluate("evaluating the start")
-            own = self.state.student.state_dict()
-            yield from self._load(own, plain_cut(self.teacher, self.handle.config), "cutting the plain cut")
-            plain = yield from self._evaluate("evaluating the plain cut")
-            with self.handle.open() as opened:
-                yield from self._load(own, opened.tensors(), "loading the student")
+            plain = start = yield from self._evaluate("evaluating the start")
+            if self._is_cut() and self.handle.same_as != self.teacher.fingerprint:
+                plain = yield from self._plain_cut()
             noted = {"plain_cut": asdict(plain), "start": asdict(start)}
             self.files.note("baseline", noted)
         return _held(noted["plain_cut"]), _held(noted["start"])
+
+    def _yardstick(self) -> str:
+        if not self._is_cut():
+            return "untrained student"
+        return "teacher without guidance" if self.handle.same_as == self.teacher.fingerprint else PLAIN_CUT
+
+    def _plain_cut(self) -> Generator[Event, None, Held]:
+        """What the plain cut is worth; the student gives it its place in memory, and comes back."""
+        own = self.state.student.state_dict()
+        yield from self._load(own, plain_cut(self.teacher, self.handle.config), "cutting the plain cut")
+        held = yield from self._evaluate("evaluating the plain cut")
+        with self.handle.open() as opened:
+            yield from self._load(own, opened.tensors(), "loading the student")
+        return held
 
     def _load(self, own: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]], name: str) -> Iterator[Stage]:
         for done, (key, value) in enumerate(tensors, start=1):
