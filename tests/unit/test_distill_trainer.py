@@ -17,6 +17,7 @@ from wanlite_model.distill.events import Eval, Finished, Sample, Saved, Stage, S
 from wanlite_model.distill.job import DistillJob, Recipe
 from wanlite_model.distill.trainer import run
 from wanlite_model.errors import WanLiteError
+from wanlite_model.prompts import PromptBank
 from wanlite_model.transformer import WanLiteStudent
 
 SHAPE = (16, 2, 4, 4)
@@ -379,3 +380,44 @@ def test_states_of_its_own_change_what_a_student_learns_and_resume_too(setting):
     until(setting.events(jobs[1.0], "own halves"), lambda event: isinstance(event, Step) and event.step == 3)
     list(setting.events(jobs[1.0], "own halves"))
     assert same(setting.state("own 1.0"), setting.state("own halves"))
+
+
+def test_a_learning_rate_a_thousand_times_too_high_never_becomes_the_best(setting):
+    job = setting.job(steps=20, recipe={"learning_rate": 0.1, "max_grad_norm": 1000.0, "ema_decay": 0.0})
+    *_, end = setting.events(job, "diverged")
+    found = [error for _, error in end.evaluations]
+    assert all(not error < end.plain_cut for error in found) and "No evaluation was better than the start" in end.report
+    with setting.student.open() as before, end.handle.open() as after:
+        assert all(torch.equal(old.bfloat16(), new) for (_, old), (_, new) in zip(before.tensors(), after.tensors()))
+
+
+@pytest.mark.parametrize("where", ["the teacher", "the student"])
+def test_planted_nan_is_told_and_never_becomes_the_best(tmp_path, where, monkeypatch):
+    setting = Setting(tmp_path)
+    if where == "the teacher":
+        with torch.no_grad():
+            setting.teacher.module.blocks[1].ffn[0].bias[3] = float("nan")
+        with pytest.raises(WanLiteError, match="not finite"):
+            list(setting.events())
+        assert not list((tmp_path / "cache").glob("*.safetensors")) and not (tmp_path / "run" / "best.safetensors").exists()
+        return
+    from wanlite_model.distill import trainer
+    evaluated = trainer.Run._measure
+
+    def poisoned(self):
+        self.state.average.values["head.head.bias"][0] = float("nan")
+        return evaluated(self)
+
+    monkeypatch.setattr(trainer.Run, "_measure", poisoned)
+    with pytest.raises(WanLiteError, match="not finite"):
+        list(setting.events(setting.job(recipe={"ema_decay": 0.9})))
+    assert all(torch.isfinite(value).all() for value in load_file(tmp_path / "run" / "best.safetensors").values())
+    assert not (tmp_path / "run" / "finished.json").exists() and not (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
+def test_prompts_that_are_all_alike_still_make_a_run_that_is_judged_on_other_noise(tmp_path):
+    setting = Setting(tmp_path)
+    setting.bank = PromptBank(prompts=tuple(f"the same {i}" for i in range(9)), contexts=(setting.bank.contexts[0],) * 9, negative_text="",
+                              negative=setting.bank.negative)
+    *_, end = setting.events(setting.job(steps=20, recipe={"learning_rate": 5e-4}))
+    assert end.evaluations[-1][1] < end.plain_cut and "other noise of the same prompts" in end.report

@@ -113,7 +113,8 @@ def plan_units(job: DistillJob, prompts: PromptBank, latents: Tensor | None, mos
     items = len(prompts) if latents is None else len(latents)
     count = _wanted(job, items)
     count = count if most is None else max(2, min(count, most))
-    by_prompt = len(prompts) >= HOLDOUT_PROMPTS and count >= HOLDOUT_PROMPTS
+    apart = len({prompts.context_key(i) for i in range(len(prompts))}) == len(prompts)      # two that read alike would not be held out
+    by_prompt = apart and len(prompts) >= HOLDOUT_PROMPTS and count >= HOLDOUT_PROMPTS
     held_count = max(2, min(16, min(items, count) // 8)) if by_prompt else max(1, count // 8)
     shared = min(items, count)
     held = ({round((i + 0.5) * shared / held_count) % shared for i in range(held_count)} if by_prompt

@@ -85,8 +85,8 @@ def _report(job: DistillJob, measured: Measured, state: TrainState, planned: int
     held_prompts = {unit.prompt for unit in cache.held}
     apart = not held_prompts & {unit.prompt for unit in cache.train}
     on_what = (f"Measured on {held.states} states of {len(held_prompts)} prompts that were never trained on." if apart else
-                f"Measured on {held.states} states from other noise of the same prompts, since {HOLDOUT_PROMPTS} prompts are needed to hold "
-                "whole ones out: on new prompts the error may be larger.")
+                f"Measured on {held.states} states from other noise of the same prompts, since {HOLDOUT_PROMPTS} different prompts are needed "
+                "to hold whole ones out: on new prompts the error may be larger.")
     what = ("end of a clip, after its own steps, against that of" if job.trajectory else "velocity against")
     other = measured.yardstick
     compared = (f"{plain.error / held.error:.1f} times below the {other}" if 0 < held.error < plain.error else
