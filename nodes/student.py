@@ -36,6 +36,9 @@ class WanLiteCreateStudent(io.ComfyNode):
                 io.Combo.Input("method", options=["greedy", "interleaved"], default="greedy",
                                tooltip="How blocks are chosen: 'greedy' removes, one after another, the block that changes the teacher's answer "
                                        "least (some minutes); 'interleaved' spreads them evenly (no time). Not used with a keep-map."),
+                io.Int.Input("block_steps", default=150, min=0, max=100_000,
+                             tooltip="Steps for which each block after a removed one is trained by itself to do its work too: one block at a time is on "
+                                     "the card. It spares the distillation most of its time. 0: not at all."),
                 io.Float.Input("cfg", default=5.0, min=1.0, max=100.0, step=0.1,
                                tooltip="Guidance scale of the teacher while it is watched; set it as in WanLite Distill."),
                 io.Int.Input("probe_seed", default=0, min=0, max=2**31 - 1,
@@ -56,8 +59,8 @@ class WanLiteCreateStudent(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, model: Any, prompts: Any, latent: dict, preset: str, depth: int, ffn_dim: int, keep_map: str, method: str, cfg: float,
-                probe_seed: int) -> io.NodeOutput:
+    def execute(cls, model: Any, prompts: Any, latent: dict, preset: str, depth: int, ffn_dim: int, keep_map: str, method: str, block_steps: int,
+                cfg: float, probe_seed: int) -> io.NodeOutput:
         from ..wanlite_model.compress.build import create_student
         from ..wanlite_model.compress.plan import parse_keep_map
         from .comfy_bridge.latents import shape_of
@@ -68,7 +71,8 @@ class WanLiteCreateStudent(io.ComfyNode):
         keep = parse_keep_map(keep_map, layers) if keep_map.strip() else None
         bar = Bar(cls.hidden.unique_id)
         student, report = drive(
-            create_student(teacher, prompts, shape_of(latent, teacher.config.in_dim), keep=keep, method=method, seed=probe_seed, cfg=cfg,
+            create_student(teacher, prompts, shape_of(latent, teacher.config.in_dim), keep=keep, method=method, block_steps=block_steps,
+                           seed=probe_seed, cfg=cfg,
                            depth=max(1, round(layers * share)) if share else depth or None, ffn_dim=ffn_dim or None,
                            folder=folders.output_folder("starts")),
             lambda event: bar.show(event.stage, event.done, event.total))

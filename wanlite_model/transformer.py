@@ -41,6 +41,22 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
 
 
+class Linear32(nn.Linear):
+    """In fp32 whatever its dtype and whatever autocast says: for the few small layers whose rounding shows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
+class Conv3d32(nn.Conv3d):
+    """The same of a convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv3d(x.float(), self.weight.float(), self.bias.float(), stride=self.stride)
+
+
 class SelfAttention(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -94,13 +110,13 @@ class Head(nn.Module):
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         self.norm = LayerNorm(config.dim, EPS, elementwise_affine=False)
-        self.head = nn.Linear(config.dim, math.prod(PATCH) * config.out_dim)
+        self.head = Linear32(config.dim, math.prod(PATCH) * config.out_dim)
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         """x [B, N, D], e [B, F, D] in fp32 -> patches [B, N, 4 C]."""
         shift, scale = per_token(self.modulation.float() + e.unsqueeze(2), x.shape[1]).unbind(2)
-        return in_fp32(self.head, self.norm(x) * (1 + scale) + shift)
+        return self.head(self.norm(x) * (1 + scale) + shift)
 
 
 class ImageEmbedding(nn.Module):
@@ -145,10 +161,10 @@ class WanLiteStudent(ModelMixin, ConfigMixin):
             patch_size=patch_size, text_max_length=text_max_length, text_encoder_output_dim=text_encoder_output_dim,
             projection_factor=projection_factor, ffn_dim=ffn_dim, in_dim=in_dim, out_dim=out_dim, image_dim=image_dim)
         dim = config.dim
-        self.patch_embedding = nn.Conv3d(config.in_dim, dim, kernel_size=PATCH, stride=PATCH)
+        self.patch_embedding = Conv3d32(config.in_dim, dim, kernel_size=PATCH, stride=PATCH)
         self.text_embedding = nn.Sequential(nn.Linear(TEXT_DIM, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
-        self.time_embedding = nn.Sequential(nn.Linear(FREQ_DIM, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.time_embedding = nn.Sequential(Linear32(FREQ_DIM, dim), nn.SiLU(), Linear32(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear32(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
         if config.img_emb:
@@ -239,7 +255,7 @@ class WanLiteStudent(ModelMixin, ConfigMixin):
             raise WanLiteError(f"This WAN {told}.")
 
     def _tokens(self, latents: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-        x = in_fp32(self.patch_embedding, latents)                                   # [B, D, T, H/2, W/2]
+        x = self.patch_embedding(latents)                                   # [B, D, T, H/2, W/2]
         return x.flatten(2).transpose(1, 2).contiguous(), tuple(x.shape[2:])         # [B, N, D]
 
     def _time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,8 +265,8 @@ class WanLiteStudent(ModelMixin, ConfigMixin):
         where = float64_device(t.device)
         frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=where) / half)
         angles = t.to(where).double().unsqueeze(-1) * frequencies
-        e = in_fp32(self.time_embedding, torch.cat((angles.cos(), angles.sin()), dim=-1).float().to(t.device))
-        return e, in_fp32(self.time_projection, e).unflatten(-1, (6, self.wan.dim))
+        e = self.time_embedding(torch.cat((angles.cos(), angles.sin()), dim=-1).float().to(t.device))
+        return e, self.time_projection(e).unflatten(-1, (6, self.wan.dim))
 
     def _text(self, context: Tensor) -> tuple[Tensor, Tensor | None]:
         """[B, L, 4096] -> text tokens [B, L', D] and the attention bias [L'] of the last one, which stands for all the padding.
@@ -322,20 +338,6 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 def per_token(e: Tensor, tokens: int) -> Tensor:
     """[B, F, k, D] -> broadcastable to the tokens: one row for all, or each frame's row for its own tokens."""
     return e if e.shape[1] == 1 else e.repeat_interleave(tokens // e.shape[1], dim=1)
-
-
-def in_fp32(module: nn.Module, x: Tensor) -> Tensor:
-    """Runs a small stack (linear, conv, SiLU) in fp32 whatever its dtype and whatever autocast says."""
-    with torch.autocast(x.device.type, enabled=False):
-        x = x.float()
-        for layer in module if isinstance(module, nn.Sequential) else (module,):
-            if isinstance(layer, nn.Linear):
-                x = F.linear(x, layer.weight.float(), layer.bias.float())
-            elif isinstance(layer, nn.Conv3d):
-                x = F.conv3d(x, layer.weight.float(), layer.bias.float(), stride=layer.stride)
-            else:
-                x = layer(x)
-    return x
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int, int], channels: int) -> Tensor:

@@ -15,7 +15,7 @@ SLIM = 2 / 3                    # of the blocks
 TINY = {"learning_rate": 2e-3, "batch_size": 16, "evaluations": 4}
 TINY_LORA = {**TINY, "learning_rate": 4e-3}
 TEACHER_STEPS, PATH_STEPS = 30, 6        # of the teacher as it is sampled, and of the paths that velocities are learned on
-STEPS = 800
+STEPS, BLOCK_STEPS = 800, 150
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +23,7 @@ class Row:
     """One line. steps, cfg: how it is sampled. share: of the teacher's blocks. recipe: None is not trained at all; training: optimizer steps.
 
     after: the row whose student this one starts from. of: the row whose student is the teacher of this one (at its steps, without cfg).
-    scratch: starts from random weights. frames: latent frames, None for the world's own.
+    block_steps: of each block's own training before. scratch: starts from random weights. frames: latent frames, None for the world's own.
     """
     name: str
     kind: Kind
@@ -31,6 +31,7 @@ class Row:
     cfg: float | None = 1.0             # None: the world's
     share: float = 1.0
     method: Method = "greedy"
+    block_steps: int = 0
     recipe: Recipe | None = None
     training: int = 0
     after: str = ""
@@ -68,13 +69,13 @@ def rows(training: int = STEPS) -> tuple[Row, ...]:
         trained("from scratch", "slim", kind="baseline", share=SLIM, scratch=True),
         trained("plain baseline", "slim", kind="baseline", share=SLIM, method="interleaved", objective="velocity"),
         trained("no-cfg", "no-cfg", steps=TEACHER_STEPS, training=training // 2),
-        trained("slim", "slim", share=SLIM),
+        trained("slim", "slim", share=SLIM, block_steps=BLOCK_STEPS),
         trained("few-step 8", "few-step 8", training=training // 2),
         trained("few-step 4", "few-step 4", training=training // 2),
         trained("slim + few-step 4", "few-step 4", rank=0, after="slim", share=SLIM, training=training // 2, learning_rate=1e-3),
         Row(name="teacher, one frame", kind="baseline", steps=TEACHER_STEPS, cfg=None, frames=1),
-        trained("image", "image", share=SLIM, frames=1),
-        trained("slim of few-step 4", "slim", share=SLIM, of="few-step 4"),
+        trained("image", "image", share=SLIM, block_steps=BLOCK_STEPS, frames=1),
+        trained("slim of few-step 4", "slim", share=SLIM, block_steps=BLOCK_STEPS, of="few-step 4"),
     )
 
 

@@ -17,7 +17,7 @@ COLUMNS = {
     "sharp": ("sharpness", "{:.2f}"), "motion": ("motion", "{:.2f}"), "satur.": ("saturation", "{:.2f}"), "divers.": ("diversity", "{:.2f}"),
     "4x frames": ("error, 4x frames", "{:.3f}"), "wide": ("error, wide", "{:.3f}"), "tall": ("error, tall", "{:.3f}"),
     "M param.": ("parameters", "{:.2f}"), "forwards": ("evaluations", "{:.0f}"), "s / video": ("seconds", "{:.2f}"),
-    "iter.": ("iterations", "{:.0f}"), "train s": ("train seconds", "{:.0f}"),
+    "iter.": ("iterations", "{:.0f}"), "start s": ("start seconds", "{:.0f}"), "train s": ("train seconds", "{:.0f}"),
 }
 
 

@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -13,14 +14,14 @@ from demo.comfy_path import open_comfyui
 from demo.vae import Vae
 from demo.world import BALLS, World
 from wanlite_model.compress.apply import plain_cut
-from wanlite_model.compress.build import create_student
+from wanlite_model.compress.build import Built, create_student
 from wanlite_model.compress.handle import StudentHandle
 from wanlite_model.distill.checkpoint import RunFolder
 from wanlite_model.distill.events import Finished
 from wanlite_model.distill.finish import finished_from_disk
 from wanlite_model.distill.job import DistillJob
 from wanlite_model.distill.trainer import run
-from wanlite_model.files import write_json
+from wanlite_model.files import read_json, write_json
 from wanlite_model.formats.write import MODEL_FILE, write_student
 from wanlite_model.teacher import ModuleTeacher
 from wanlite_model.transformer import WanLiteStudent
@@ -60,9 +61,10 @@ def settle(task: Task, device: str) -> dict:
     reference = reference_of(task, world, module, vae)
     student, trained = module, {"iterations": 0, "train seconds": 0.0}
     if row.recipe is not None:
-        end = train(task, world, ModuleTeacher(module, shift=world.shift), device)
+        end, starting = train(task, world, ModuleTeacher(module, shift=world.shift), device)
         student = end.handle.load(torch.float32, device)
-        trained = {"iterations": len(end.losses), "train seconds": sum(e["seconds"] for e in RunFolder(task.folder / "run").rows("step"))}
+        stepping = sum(step["seconds"] for step in RunFolder(task.folder / "run").rows("step"))
+        trained = {"iterations": len(end.losses), "train seconds": stepping, "start seconds": starting}
     elif row.share < 1:
         student = cut(module, row, world)
     cfg = world.cfg if row.cfg is None else row.cfg
@@ -87,27 +89,41 @@ def cut(teacher: WanLiteStudent, row: Row, world: World) -> WanLiteStudent:
     return student.to(next(teacher.parameters()).device).eval()
 
 
-def train(task: Task, world: World, teacher: ModuleTeacher, device: str) -> Finished:
-    """The row's student; from disk when an earlier call came to its end."""
+def train(task: Task, world: World, teacher: ModuleTeacher, device: str) -> tuple[Finished, float]:
+    """The row's student, from disk when an earlier call came to its end, and the seconds of making its start."""
     row, bank = task.row, world.bank()
     cfg, recipe = world.cfg, row.recipe
     if row.of:
         module = handle_of(task, row.of).load(torch.float32, device)
         teacher, cfg, recipe = ModuleTeacher(module, shift=world.shift), 1.0, replace(recipe, teacher_steps=4)
-    start = handle_of(task, row.after) if row.after else fresh(task, world) if row.scratch else created(task, world, teacher, cfg)
+    seconds = 0.0
+    if row.after or row.scratch:
+        start = handle_of(task, row.after) if row.after else fresh(task, world)
+    else:
+        start, seconds = created(task, world, teacher, cfg)
     job = DistillJob(student=start.fingerprint, teacher=teacher.fingerprint, prompts=bank.fingerprint, shape=world.latents, shift=world.shift,
                      cfg=cfg, steps=row.training, train_seed=task.seed, recipe=recipe)
     *_, end = run(job, task.folder / "run", task.home / task.world / "cache", teacher, start, bank)
-    return end
+    return end, seconds
 
 
 def handle_of(task: Task, name: str) -> StudentHandle:
     return finished_from_disk(RunFolder(task.folder_of(name) / "run")).handle
 
 
-def created(task: Task, world: World, teacher: ModuleTeacher, cfg: float) -> StudentHandle:
-    making = create_student(teacher, world.bank(), world.latents, depth=round(teacher.config.num_layers * task.row.share), method=task.row.method,
-                            seed=task.seed, cfg=cfg, folder=task.home / task.world / "starts")
+def created(task: Task, world: World, teacher: ModuleTeacher, cfg: float) -> tuple[StudentHandle, float]:
+    """The start, and the seconds that making it took when it was made."""
+    row, starts, begun = task.row, task.home / task.world / "starts", time.monotonic()
+    making = create_student(teacher, world.bank(), world.latents, depth=round(teacher.config.num_layers * row.share), method=row.method,
+                            block_steps=row.block_steps, seed=task.seed, cfg=cfg, folder=starts)
+    handle = _last(making)
+    noted = starts / f"{handle.fingerprint}.json"
+    if not noted.exists():
+        write_json(noted, time.monotonic() - begun)
+    return handle, read_json(noted)
+
+
+def _last(making: Generator[Any, None, Built]) -> StudentHandle:
     while True:
         try:
             next(making)

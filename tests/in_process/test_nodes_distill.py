@@ -29,7 +29,7 @@ def recipe(pack):
 def start(teacher, pack):
     node = pack("nodes.student").WanLiteCreateStudent
     return call(node, model=teacher, prompts=BANK, latent=LATENT, preset="1/2 of the blocks", method="interleaved", depth=0, ffn_dim=0,
-                keep_map="", probe_seed=0)[0]
+                keep_map="", block_steps=0, probe_seed=0)[0]
 
 
 @pytest.fixture

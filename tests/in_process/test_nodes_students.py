@@ -25,7 +25,7 @@ def create(nodes):
     def created(model, **given):
         given = {"preset": "1/2 of the blocks", "method": "interleaved", **given}
         return call(nodes.WanLiteCreateStudent, **{"model": model, "prompts": random_bank(2), "latent": empty_latent(96, 96), "depth": 0, "ffn_dim": 0,
-                                                   "probe_seed": 0, "keep_map": "", **given})
+                                                   "probe_seed": 0, "block_steps": 0, "keep_map": "", **given})
     return created
 
 

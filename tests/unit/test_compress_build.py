@@ -208,3 +208,28 @@ def test_no_file_tells_where_it_was_made(tmp_path):
     result_of(create(tmp_path, method="interleaved"))
     for path in tmp_path.rglob("*"):
         assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes()
+
+
+@pytest.fixture
+def few_states(monkeypatch):
+    monkeypatch.setattr(build, "MOST_HEALING", 32)
+
+
+def test_blocks_that_learned_what_the_removed_ones_did_start_nearer_to_the_teacher(tmp_path, few_states):
+    teacher = counting_teacher(depth=6)
+    cut, healed = (result_of(create(tmp_path, teacher, keep=(0, 1, 4, 5), depth=None, block_steps=steps))[0] for steps in (0, 60))
+    assert cut.fingerprint != healed.fingerprint
+    assert healed.card.measured["start_error"] < 0.7 * cut.card.measured["start_error"]
+    with cut.open() as before, healed.open() as after:
+        changed = {name.split(".")[1] for (name, old), (_, new) in zip(before.tensors(), after.tensors()) if not torch.equal(old, new)}
+    assert changed == {"1", "2", "3"}                       # from the first gap on; what stands before it had nothing to make up for
+    assert not list(tmp_path.glob(".*")) and "trained by itself for 60 steps" in result_of(create(tmp_path, teacher, keep=(0, 1, 4, 5), depth=None, block_steps=60))[1]
+
+
+def test_the_memory_that_healing_may_take_does_not_change_its_result(tmp_path, monkeypatch, few_states):
+    teacher = counting_teacher(depth=4)
+    one = result_of(create(tmp_path / "a", teacher, keep=(0, 3), depth=None, block_steps=5))[0]
+    monkeypatch.setattr("wanlite_model.compress.blockwise.MEMORY", 1)
+    other = result_of(create(tmp_path / "b", teacher, keep=(0, 3), depth=None, block_steps=5))[0]
+    with one.open() as before, other.open() as after:
+        assert all(torch.equal(old, new) for (_, old), (_, new) in zip(before.tensors(), after.tensors()))

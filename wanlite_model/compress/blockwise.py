@@ -6,8 +6,7 @@ there as a whole. A block is fed what the student before it hands on, not what t
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,58 +21,55 @@ KEPT = torch.float16            # of activations between blocks: rounding 2**-11
 MEMORY = 2 << 30                # bytes of the teacher's activations held at a time
 OUTLIER = 6.0                   # standard deviations; WAN's few massive activations would otherwise be the whole loss
 TOKENS_A_STEP = 3072
+LEARNING_RATE = 0.25            # of AdamW at width 1; a layer twice as wide moves twice as far by the same rate
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Healing:
-    """steps of AdamW for each block, from `learning_rate` down a cosine to a tenth."""
-    steps: int = 200
-    learning_rate: float = 1e-4
+Read = Callable[[str], Tensor]          # a tensor of the start by its name
 
 
-def heal_blocks(teacher: Teacher, weights: Mapping[str, Tensor], plan: CompressionPlan, probe: Probe, healing: Healing
-                ) -> Generator[Progress, None, dict[str, Tensor]]:
-    """The start's tensors of the blocks that learned something, by name, in the dtypes of `weights` (the start's, all on the CPU).
+def heal_blocks(teacher: Teacher, read: Read, plan: CompressionPlan, probe: Probe, steps: int, keep: Callable[[dict[str, Tensor]], None]
+                ) -> Generator[Progress, None, None]:
+    """Trains, in their order, the start's blocks from the first gap on, each for `steps` steps on the probe's states.
 
+    read: the start's tensors. keep: takes a block's tensors once it is trained, by name and in their dtypes; then they are forgotten.
     Yields after each forward of the teacher and each step.
     """
     config, stage = plan.student_config(teacher.config), "Healing block by block"
-    shell = _shell(weights, plan, teacher)
+    shell = _shell(read, plan, teacher)
     ends = [*(block - 1 for block in plan.keep[1:]), plan.teacher_layers - 1]       # the last teacher block that each of ours stands for
     hidden = _tokens_of(shell, probe)                                                # [S, N, D]: what the next block is fed
     each = hidden.numel() * KEPT.itemsize
     together = max(1, MEMORY // each)
-    healed: dict[str, Tensor] = {}
-    total = config.num_layers * healing.steps
+    total = config.num_layers * steps
     first_gap = next((j for j, (block, end) in enumerate(zip(plan.keep, ends)) if block != end), config.num_layers)
     for start in range(0, config.num_layers, together):
         group = range(start, min(start + together, config.num_layers))
-        targets = yield from _handed_on(teacher, probe, [ends[j] for j in group], stage, start * healing.steps, total)
+        targets = yield from _handed_on(teacher, probe, [ends[j] for j in group], stage, start * steps, total)
         for j in group:
-            block = _fill(shell.blocks[0], weights, j, teacher.device)
+            block = _fill(shell.blocks[0], read, j)
             if j >= first_gap:
-                yield from _train(shell, block, probe, hidden, targets[ends[j]], healing, stage, j * healing.steps, total)
-                healed |= {f"blocks.{j}.{name}": value.detach().cpu().to(weights[f"blocks.{j}.{name}"].dtype, copy=True)
-                           for name, value in block.state_dict().items()}
+                yield from _train(shell, block, probe, hidden, targets[ends[j]], steps, stage, j * steps, total)
+                with torch.inference_mode(False), torch.no_grad():
+                    keep({f"blocks.{j}.{name}": value.cpu().to(read(f"blocks.{j}.{name}").dtype, copy=True)
+                          for name, value in block.state_dict().items()})
             hidden = _advance(shell, block, probe, hidden)
             del targets[ends[j]]
-            yield Progress(stage=stage, done=(j + 1) * healing.steps, total=total)
-    return healed
+            yield Progress(stage=stage, done=(j + 1) * steps, total=total)
 
 
-def _shell(weights: Mapping[str, Tensor], plan: CompressionPlan, teacher: Teacher) -> WanLiteStudent:
+def _shell(read: Read, plan: CompressionPlan, teacher: Teacher) -> WanLiteStudent:
     """A student of one block, whose weights change places; all else is the student's own."""
     with torch.inference_mode(False):
         shell = WanLiteStudent.from_wan(teacher.config.resized(num_layers=1, ffn_dim=plan.ffn_dim), device="meta")
-        state = {name: weights[name].to(teacher.device, torch.float32, copy=True) for name in shell.state_dict()}
+        state = {name: read(name).to(teacher.device, torch.float32, copy=True) for name in shell.state_dict()}
         shell.load_state_dict(state, assign=True)
     return shell.requires_grad_(False)
 
 
-def _fill(block: Block, weights: Mapping[str, Tensor], j: int, device: torch.device) -> Block:
+def _fill(block: Block, read: Read, j: int) -> Block:
     with torch.inference_mode(False), torch.no_grad():
         for name, value in block.state_dict().items():
-            value.copy_(weights[f"blocks.{j}.{name}"])
+            value.copy_(read(f"blocks.{j}.{name}"))
     return block
 
 
@@ -109,16 +105,17 @@ def _advance(shell: WanLiteStudent, block: Block, probe: Probe, hidden: Tensor) 
         return torch.cat([_run(shell, block, probe, which, hidden).to("cpu", KEPT) for which in torch.arange(len(probe)).split(probe.batch)])
 
 
-def _train(shell: WanLiteStudent, block: Block, probe: Probe, hidden: Tensor, target: Tensor, healing: Healing, stage: str, done: int, total: int
+def _train(shell: WanLiteStudent, block: Block, probe: Probe, hidden: Tensor, target: Tensor, steps: int, stage: str, done: int, total: int
            ) -> Generator[Progress, None, None]:
     spread, mean = target.float().std(), target.float().mean()
     scale = (target.float() - hidden.float()).square().mean().clamp_min(1e-12)       # what the span adds is what is to be learned
     with torch.inference_mode(False):
         block.requires_grad_(True)
-        optimizer = torch.optim.AdamW(block.parameters(), lr=healing.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, foreach=True)
+        peak = LEARNING_RATE / len(block.modulation[0, 0])
+        optimizer = torch.optim.AdamW(block.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.0, foreach=True)
     size = max(1, min(len(probe), TOKENS_A_STEP // tokens(probe.x.shape[1:])))
     draw = torch.Generator().manual_seed(done)
-    for step in range(healing.steps):
+    for step in range(steps):
         with torch.inference_mode(False), torch.enable_grad():
             which = torch.randint(len(probe), (size,), generator=draw)
             wanted = target[which].float().to(spread.device)
@@ -128,7 +125,7 @@ def _train(shell: WanLiteStudent, block: Block, probe: Probe, hidden: Tensor, ta
             loss.backward()
             torch.nn.utils.clip_grad_norm_(block.parameters(), 1.0)
             for group in optimizer.param_groups:
-                group["lr"] = healing.learning_rate * min(1.0, (step + 1) / 10) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / healing.steps)))
+                group["lr"] = peak * min(1.0, (step + 1) / 10) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         yield Progress(stage=stage, done=done + step, total=total, note=f"loss {float(loss.detach()):.4f}")

@@ -8,11 +8,14 @@ import math
 import os
 import shutil
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import WanConfig
@@ -20,14 +23,16 @@ from ..errors import WanLiteError
 from ..files import patiently, read_json, write_json
 from ..formats.card import StudentCard
 from ..formats.keymap import wan_shapes
+from ..formats.read import open_wan
 from ..formats.write import write_student
 from ..prompts import PromptBank
 from ..teacher import ModuleTeacher, Teacher
 from ..transformer import WanLiteStudent
 from .apply import plain_cut, start_student
+from .blockwise import KEPT, MEMORY, heal_blocks
 from .ffn import FfnCut, cut_ffn
 from .handle import StudentHandle
-from .importance import Probe, Velocity, answers, check_shape, greedy_depth, make_probe, tokens, velocity_errors, without
+from .importance import ROLLOUT_STEPS, Probe, Velocity, answers, check_shape, greedy_depth, make_probe, tokens, velocity_errors, without
 from .plan import CompressionPlan, Method, Progress, check_depth, check_ffn_dim, check_keep, interleaved
 from .report import Measured, describe
 
@@ -37,6 +42,7 @@ VERSION = 2                 # raise it when the same request would give other we
 NOTE = "start.json"
 HELD_OUT = 8                # states for the report, which take no part in any choice
 LEAST_STATES, MOST_STATES, DEPTH_STATES = 8, 64, 16
+LEAST_HEALING, MOST_HEALING = 16, 512       # states that blocks are trained on
 TOKENS_PER_NEURON = 8       # that the refit should see
 
 Built = tuple[StudentHandle, str]
@@ -44,14 +50,16 @@ Built = tuple[StudentHandle, str]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What is asked of a teacher, checked. keep: None lets `method` choose `depth` blocks."""
+    """What is asked of a teacher, checked. keep: None lets `method` choose `depth` blocks. block_steps: of each block's own training."""
     depth: int
     ffn_dim: int
     keep: tuple[int, ...] | None
     method: Method
+    block_steps: int = 0
 
     @classmethod
-    def checked(cls, teacher: WanConfig, depth: int | None, ffn_dim: int | None, keep: tuple[int, ...] | None, method: Method) -> Request:
+    def checked(cls, teacher: WanConfig, depth: int | None, ffn_dim: int | None, keep: tuple[int, ...] | None, method: Method,
+                block_steps: int = 0) -> Request:
         """Raises WanLiteError on a size that the teacher cannot give, or a keep-map that is not `depth` blocks."""
         ffn_dim = teacher.ffn_dim if ffn_dim is None else ffn_dim
         check_ffn_dim(ffn_dim, teacher.ffn_dim)
@@ -60,12 +68,12 @@ class Request:
             if depth not in (None, len(keep)):
                 raise WanLiteError(f"depth is {depth} and the keep-map has {len(keep)} blocks.", "They say the same thing twice.",
                                    "Leave one of them out.")
-            return cls(depth=len(keep), ffn_dim=ffn_dim, keep=keep, method="given")
+            return cls(depth=len(keep), ffn_dim=ffn_dim, keep=keep, method="given", block_steps=block_steps * (len(keep) < teacher.num_layers))
         depth = teacher.num_layers if depth is None else depth
         check_depth(depth, teacher.num_layers)
         if method not in ("greedy", "interleaved"):
             raise WanLiteError(f"The method is {method!r}.", "Without a keep-map, blocks are chosen 'greedy' or 'interleaved'.")
-        return cls(depth=depth, ffn_dim=ffn_dim, keep=keep, method=method)
+        return cls(depth=depth, ffn_dim=ffn_dim, keep=keep, method=method, block_steps=block_steps * (depth < teacher.num_layers))
 
     def prunes_nothing(self, teacher: WanConfig) -> bool:
         return self.depth == teacher.num_layers and self.ffn_dim == teacher.ffn_dim
@@ -76,15 +84,16 @@ class Request:
 
 
 def create_student(teacher: Teacher, prompts: PromptBank | None, shape: tuple[int, int, int, int], *, depth: int | None = None,
-                   ffn_dim: int | None = None, keep: tuple[int, ...] | None = None, method: Method = "greedy", seed: int = 0,
-                   cfg: float = 5.0, folder: Path) -> Generator[Progress, None, Built]:
+                   ffn_dim: int | None = None, keep: tuple[int, ...] | None = None, method: Method = "greedy", block_steps: int = 0,
+                   seed: int = 0, cfg: float = 5.0, folder: Path) -> Generator[Progress, None, Built]:
     """Writes the start under folder/<fingerprint>, or finds it there; returns its handle and a report in plain words.
 
     shape: (C, T, H, W) of the videos it is meant for. depth, ffn_dim: None keeps the teacher's. Without prompts nothing is
-    measured, so only interleaved or given blocks at full FFN width can be had. Closing it at any yield leaves no file.
+    measured, so only interleaved or given blocks at full FFN width can be had. block_steps: steps for which each block from the first
+    gap on is trained by itself to hand on what the removed ones did (see blockwise.py). Closing it at any yield leaves no file.
     Raises WanLiteError before any work when the request cannot be met.
     """
-    request = Request.checked(teacher.config, depth, ffn_dim, keep, method)
+    request = Request.checked(teacher.config, depth, ffn_dim, keep, method, block_steps)
     measures = prompts is not None and not request.prunes_nothing(teacher.config)
     _check_prompts(request, teacher.config, prompts)
     if measures:
@@ -97,13 +106,18 @@ def create_student(teacher: Teacher, prompts: PromptBank | None, shape: tuple[in
     if measures:
         probe = yield from make_probe(teacher, prompts, shape, seed=seed, count=_states(teacher.config, request, shape) + HELD_OUT, cfg=cfg)
     plan, removals, cuts = yield from _choose(teacher, request, None if probe is None else probe[:-HELD_OUT])
-    measured = Measured(removals=removals)
-    if probe is not None:
-        measured = yield from _measure(teacher, plan, cuts, probe[-HELD_OUT:], measured)
-    yield Progress(stage="Writing the start", done=0, total=1)
-    card = card_for(teacher, plan, shape, cfg=cfg, measured={} if measured.error is None else
-                    {"start_error": measured.error, "plain_cut_error": measured.plain_cut})
-    return _write(folder, fingerprint, teacher, plan, cuts, card, measured)
+    with _staging(folder, fingerprint) as staging:
+        healed = None
+        if request.block_steps:
+            healed = yield from _heal(teacher, prompts, shape, plan, cuts, request.block_steps, staging, seed=seed, cfg=cfg)
+        weights = _Weights(teacher, plan, cuts, healed)
+        measured = Measured(removals=removals, block_steps=request.block_steps)
+        if probe is not None:
+            measured = yield from _measure(teacher, plan, weights, probe[-HELD_OUT:], measured)
+        yield Progress(stage="Writing the start", done=0, total=1)
+        card = card_for(teacher, plan, shape, cfg=cfg, measured={} if measured.error is None else
+                        {"start_error": measured.error, "plain_cut_error": measured.plain_cut})
+        return _write(folder / fingerprint, staging / fingerprint, teacher, weights, card, measured)
 
 
 def start_fingerprint(teacher: Teacher, request: Request, probing: Mapping[str, Any] | None) -> str:
@@ -145,7 +159,53 @@ def _choose(teacher: Teacher, request: Request, probe: Probe | None
     return plan, removals, cuts
 
 
-def _measure(teacher: Teacher, plan: CompressionPlan, cuts: dict[int, FfnCut] | None, probe: Probe, so_far: Measured
+@dataclass(frozen=True, kw_only=False, slots=True, eq=False)
+class _Weights:
+    """The start's tensors, made anew at each call: the teacher's, cut, and those that a block learned since. healed: {name: file}."""
+    teacher: Teacher
+    plan: CompressionPlan
+    cuts: dict[int, FfnCut] | None
+    healed: dict[str, Path] | None = None
+    size: list[int] = field(default_factory=lambda: [0, 0])
+
+    def __call__(self) -> Iterator[tuple[str, Tensor]]:
+        self.size[:] = [0, 0]
+        for name, tensor in start_student(_counted(self.teacher.weights(), self.size), self.plan, self.cuts):
+            yield name, tensor if self.healed is None or name not in self.healed else _stored(self.healed[name], name)
+
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether they are the teacher's own, so that it can stand in for them."""
+        return self.cuts is None and self.healed is None
+
+
+def _stored(file: Path, name: str) -> Tensor:
+    with safe_open(file, "pt") as stored:
+        return stored.get_tensor(name).clone()
+
+
+def _heal(teacher: Teacher, prompts: PromptBank, shape: tuple[int, int, int, int], plan: CompressionPlan, cuts: dict[int, FfnCut] | None,
+          steps: int, staging: Path, *, seed: int, cfg: float) -> Generator[Progress, None, dict[str, Path]]:
+    """{name: the file that holds what it became}. The cut is written first and read block by block: a 14B is never in memory as a whole."""
+    each = KEPT.itemsize * tokens(shape) * teacher.config.dim
+    count = max(LEAST_HEALING, min(MOST_HEALING, MEMORY // each))
+    probe = yield from make_probe(teacher, prompts, shape, seed=seed + 1, count=count, cfg=cfg, each=ROLLOUT_STEPS)
+    yield Progress(stage="Writing the cut", done=0, total=1)
+    config = plan.student_config(teacher.config)
+    written = write_student(staging / "cut", config=config, tensors=_Weights(teacher, plan, cuts)())
+    healed: dict[str, Path] = {}
+
+    def keep(block: dict[str, Tensor]) -> None:
+        file = staging / f"healed-{len(healed)}.safetensors"
+        save_file(block, file)
+        healed.update(dict.fromkeys(block, file))
+
+    with open_wan(written.path) as source:
+        yield from heal_blocks(teacher, source.tensor, plan, probe, steps, keep)
+    return healed
+
+
+def _measure(teacher: Teacher, plan: CompressionPlan, weights: _Weights, probe: Probe, so_far: Measured
              ) -> Generator[Progress, None, Measured]:
     """The velocity errors of the start and of the plain cut on states that took no part in the choice."""
     parts: list[Tensor] = []
@@ -155,12 +215,12 @@ def _measure(teacher: Teacher, plan: CompressionPlan, cuts: dict[int, FfnCut] | 
     target, config = torch.cat(parts), plan.student_config(teacher.config)
     try:
         errors = []
-        for i, weights in enumerate((lambda: start_student(teacher.weights(), plan, cuts), lambda: plain_cut(teacher, config))):
-            if cuts is None:        # whole blocks only: the teacher can stand in for the student, without a byte more
+        for i, tensors in enumerate((weights, lambda: plain_cut(teacher, config))):
+            if weights.whole_blocks or (i and weights.cuts is None):        # whole blocks only: the teacher can stand in for the student, without a byte more
                 kept = plan.keep if i == 0 else interleaved(plan.teacher_layers, len(plan.keep))
                 velocity = without(teacher, set(range(plan.teacher_layers)) - set(kept))
             else:
-                velocity = yield from _loaded(weights(), config, teacher, i)
+                velocity = yield from _loaded(tensors(), config, teacher, i)
             error = 0.0
             for part in velocity_errors(velocity, probe, target):
                 error += part.sum().item() / len(probe)
@@ -201,26 +261,30 @@ def card_for(teacher: Teacher, plan: CompressionPlan, shape: tuple[int, int, int
         recipe={"teacher_layers": config.num_layers, "teacher_ffn_dim": config.ffn_dim, **recipe}, **settings)
 
 
-def _write(folder: Path, fingerprint: str, teacher: Teacher, plan: CompressionPlan, cuts: dict[int, FfnCut] | None, card: StudentCard,
-           measured: Measured) -> Built:
-    """The whole folder is made beside its place and moved there at once: what is there is complete."""
-    place, staging = folder / fingerprint, folder / f".{fingerprint}.partial"
-    config, size = plan.student_config(teacher.config), [0, 0]
+@contextmanager
+def _staging(folder: Path, fingerprint: str) -> Iterator[Path]:
+    """A folder beside the start's place for what is being made; gone afterwards."""
+    staging = folder / f".{fingerprint}.partial"
     shutil.rmtree(staging, ignore_errors=True)          # what a power cut left
     staging.mkdir(parents=True)
     try:
-        written = write_student(staging / fingerprint, config=config, card=card,
-                                tensors=start_student(_counted(teacher.weights(), size), plan, cuts))
-        report = describe(plan, measured, teacher_config=teacher.config, teacher=tuple(size),
-                          student=(sum(map(math.prod, wan_shapes(config).values())), written.bytes))
-        handle = StudentHandle(folder=str(place), config=config, plan=plan, fingerprint=fingerprint, card=card,
-                               same_as=teacher.fingerprint if plan.prunes_nothing else "")
-        write_json(written.path / NOTE, {"handle": {**handle.to_json(), "folder": ""}, "report": report, "bytes": written.file.stat().st_size})
-        if place.exists():                              # damaged: _read refused it
-            shutil.rmtree(place)
-        patiently(os.rename, written.path, place)
+        yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write(place: Path, new: Path, teacher: Teacher, weights: _Weights, card: StudentCard, measured: Measured) -> Built:
+    """The whole folder is made as `new` and moved to its place at once: what is there is complete."""
+    plan, config = weights.plan, weights.plan.student_config(teacher.config)
+    written = write_student(new, config=config, card=card, tensors=weights())
+    report = describe(plan, measured, teacher_config=teacher.config, teacher=tuple(weights.size),
+                      student=(sum(map(math.prod, wan_shapes(config).values())), written.bytes))
+    handle = StudentHandle(folder=str(place), config=config, plan=plan, fingerprint=place.name, card=card,
+                           same_as=teacher.fingerprint if plan.prunes_nothing else "")
+    write_json(written.path / NOTE, {"handle": {**handle.to_json(), "folder": ""}, "report": report, "bytes": written.file.stat().st_size})
+    if place.exists():                              # damaged: _read refused it
+        shutil.rmtree(place)
+    patiently(os.rename, written.path, place)
     return handle, report
 
 

@@ -15,7 +15,7 @@ from ..prompts import PromptBank
 from ..teacher import Cond, Teacher, guided_velocity, pad_together
 from .plan import Progress, check_depth, interleaved, protected
 
-ROLLOUT_STEPS = 8           # Euler steps of a probing rollout; each gives two states, half the path apart
+ROLLOUT_STEPS = 8           # Euler steps of a probing rollout
 TOKENS_AT_ONCE = 4096       # small videos share a forward, large ones do not
 
 
@@ -53,16 +53,16 @@ def tokens(shape: Collection[int]) -> int:
     return max(1, math.prod(size // patch for size, patch in zip((frames, rows, columns), PATCH)))
 
 
-def make_probe(teacher: Teacher, prompts: PromptBank, shape: tuple[int, int, int, int], *, seed: int, count: int, cfg: float
-               ) -> Generator[Progress, None, Probe]:
+def make_probe(teacher: Teacher, prompts: PromptBank, shape: tuple[int, int, int, int], *, seed: int, count: int, cfg: float,
+               each: int = 2) -> Generator[Progress, None, Probe]:
     """`count` states of shape (C, T, H, W) from short guided rollouts at the deployment shift, one prompt each.
 
-    Rollout r gives its states at steps r mod 4 and 4 + r mod 4 of 8, so that any 8 states in a row see every sigma. Yields once a
-    forward; raises WanLiteError on a shape that the teacher does not take.
+    Of 8 steps a rollout gives `each` (1, 2, 4 or 8) states, evenly apart and one step later in every next rollout, so that any 8 states
+    in a row see every sigma. Yields once a forward; raises WanLiteError on a shape that the teacher does not take.
     """
     check_shape(teacher, shape)
-    half = ROLLOUT_STEPS // 2
-    rollouts = list(range(math.ceil(count / 2)))
+    apart = ROLLOUT_STEPS // each
+    rollouts = list(range(math.ceil(count / each)))
     together = max(1, TOKENS_AT_ONCE // (2 * tokens(shape)))
     sigmas = flow.schedule(ROLLOUT_STEPS, teacher.shift)
     order = torch.randperm(len(prompts), generator=_generator(seed, -1)).tolist()
@@ -78,7 +78,7 @@ def make_probe(teacher: Teacher, prompts: PromptBank, shape: tuple[int, int, int
                 x, sigma, _ = next(path)
             with torch.inference_mode(False), torch.no_grad():
                 for i, r in enumerate(group):
-                    if step % half == r % half:
+                    if step % apart == r % apart:
                         taken[r, step] = Probe(x=x[i:i + 1].clone(), sigma=sigma[i:i + 1].clone(), context=positive.context[i:i + 1].clone())
             yield Progress(stage="Probing the teacher", done=first + len(group) * (step + 1) // ROLLOUT_STEPS, total=len(rollouts))
         states.extend(taken[key] for key in sorted(taken))

@@ -13,8 +13,10 @@ Size = tuple[int, int]      # (parameters, bytes)
 class Measured:
     """Velocity errors |v - v_teacher| / |v_teacher| before any training, on `states` held-out states; None where not measured.
 
-    removals: (block, error on the choosing states after its removal), in order. why_not: why nothing was measured.
+    removals: (block, error on the choosing states after its removal), in order. block_steps: for which each block was trained by itself.
+    why_not: why nothing was measured.
     """
+    block_steps: int = 0
     removals: tuple[tuple[int, float], ...] = ()
     error: float | None = None
     plain_cut: float | None = None
@@ -37,6 +39,8 @@ def describe(plan: CompressionPlan, measured: Measured, *, teacher_config: WanCo
         if plan.ffn_dim % 32:
             lines.append(f"ffn_dim {plan.ffn_dim} is not a multiple of 32, the block that GGUF and fp8 formats count in: such files of this "
                          "student may have to leave its FFN unquantised.")
+    if measured.block_steps:
+        lines.append(f"Each block from the first gap on was trained by itself for {measured.block_steps} steps to hand on what the removed ones did.")
     lines.append(_errors(measured))
     return "\n".join(lines)
 
@@ -53,8 +57,8 @@ def _chosen(plan: CompressionPlan, measured: Measured) -> str:
 
 def _errors(measured: Measured) -> str:
     if measured.error is None:
-        return f"Velocity error before training: not measured, because {measured.why_not}."
-    return (f"Velocity error before training, on {measured.states} states that took no part in the choice: {measured.error:.1%}; the plain cut "
+        return f"Velocity error before distillation: not measured, because {measured.why_not}."
+    return (f"Velocity error before distillation, on {measured.states} states that took no part in the choice: {measured.error:.1%}; the plain cut "
             f"of the same size (evenly spread blocks, first neurons, no refit): {measured.plain_cut:.1%}.")
 
 

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021) over a frozen WAN: y = W x + (alpha / rank) B A x on the linear layers of its blocks.
+"""LoRA (Hu et al. 2021) over a frozen WAN: y = W x + (alpha / rank) B A x on its linear layers.
 
 The adapters hang on the layers as hooks, so the network's own modules, names and tensors stay what they are: with the adapters off it
 is the unchanged base, and no second copy of it is needed to ask it. Modulation has no adapter: ComfyUI accepts one and never applies it.
@@ -45,8 +45,8 @@ class Adapters:
         def add(_: nn.Module, given: tuple[Tensor, ...], answered: Tensor) -> Tensor | None:
             if not self.enabled:
                 return None
-            x = given[0] if torch.is_autocast_enabled(given[0].device.type) else given[0].to(a.dtype)
-            return answered + scale * F.linear(F.linear(x, a), b).to(answered.dtype)
+            with torch.autocast(answered.device.type, enabled=answered.dtype != torch.float32, dtype=answered.dtype):
+                return answered + scale * F.linear(F.linear(given[0].to(answered.dtype), a), b).to(answered.dtype)
         return add
 
     @contextmanager
@@ -66,11 +66,16 @@ class Adapters:
 
 def adapter_size(config: WanConfig, rank: int) -> int:
     """Parameters of such adapters on a WAN of this architecture."""
-    return sum(rank * sum(shape) for name, shape in wan_shapes(config).items() if name.startswith("blocks.") and len(shape) == 2)
+    return sum(rank * sum(shape) for name, shape in wan_shapes(config).items() if _adapted(name) and name.endswith(".weight") and len(shape) == 2)
 
 
 def fresh_factors(module: WanLiteStudent, rank: int, generator: torch.Generator) -> dict[str, Factors]:
-    """Factors of this rank for every linear layer of the blocks: A drawn as nn.Linear draws its weights, B zero, scale 1."""
+    """Factors of this rank: A drawn as nn.Linear draws its weights, B zero, scale 1."""
     return {path: Factors(down=(torch.rand(rank, layer.in_features, generator=generator) * 2 - 1) / math.sqrt(layer.in_features),
                           up=torch.zeros(layer.out_features, rank), scale=1.0)
-            for path, layer in module.named_modules() if path.startswith("blocks.") and isinstance(layer, nn.Linear)}
+            for path, layer in module.named_modules() if _adapted(path) and isinstance(layer, nn.Linear)}
+
+
+def _adapted(path: str) -> bool:
+    """The blocks, and what tells them the noise level: folding guidance in is stronger at some levels than at others."""
+    return path.startswith(("blocks.", "time_embedding.", "time_projection.", "head."))
