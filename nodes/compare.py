@@ -18,7 +18,8 @@ class WanLiteCompare(io.ComfyNode):
         return io.Schema(
             node_id="WanLiteCompare", display_name="WanLite Compare", category="WanLite", is_output_node=True,
             description="Samples the same prompts from the same noise with each MODEL, and measures: parameters, bytes, seconds a clip once "
-                        "warm, and how close the clips are to the teacher's.",
+                        "warm, how close the clips are to the teacher's, and whether they are as sharp and move as much. The teacher's clips are kept: "
+                        "comparing the next student does not sample them again.",
             inputs=[
                 io.Model.Input("teacher", tooltip="The MODEL that the others are compared with."),
                 io.Model.Input("student", tooltip="The student's MODEL, with its shift, from WanLite Distill or WanLite Load Student."),

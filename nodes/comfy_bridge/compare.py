@@ -1,11 +1,13 @@
 """Clips of several MODELs from the same noise, by ComfyUI's own sampling, and what they cost."""
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -13,13 +15,17 @@ import comfy.sample
 import numpy
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ...wanlite_model.errors import WanLiteError
+from ...wanlite_model.files import replace_file
 from ...wanlite_model.prompts import PromptBank
+from . import folders
 from .latents import shape_of
 from .runtime import Bar
-from .teacher import check_variant
+from .teacher import ComfyTeacher, check_variant
 from .text import conditioning
 
 LABEL = 28          # height of the line of text above the pictures
@@ -44,12 +50,17 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """seconds: median of a warm clip, sampling alone. bytes: of the weights as held. psnr: of the clips against the first MODEL's, in dB."""
+    """seconds: median of a warm clip, sampling alone. bytes: of the weights as held. Against the first MODEL's clips: psnr in dB, and the
+    ratios of motion (nan for stills) and sharpness, where below 1 is less. kept: how many clips are of an earlier comparison.
+    """
     name: str
     parameters: int
     bytes: int
     seconds: float
     psnr: float
+    motion: float
+    sharpness: float
+    kept: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -68,25 +79,65 @@ def compare(contenders: Sequence[Contender], *, prompts: PromptBank, vae: Any, l
         raise WanLiteError(f"clips is {clips} and there are {len(prompts)} prompts.", "", f"Set clips to at most {len(prompts)}.")
     bar, done = Bar(node_id), 0
     videos: list[list[Tensor]] = []
-    seconds: list[float] = []
+    measured: list[Measured] = []
     for one in contenders:
-        latents, times = [], []
-        for drawn, taken in _drawn(one, prompts, shape, sampler, scheduler, clips, noise_number):
-            latents.append(drawn)
-            times.append(taken)
+        # The teacher stays the same from one student to the next: its clips are kept.
+        shelf = Shelf.of(one.model, (one.steps, one.cfg, sampler, scheduler, shape)) if one is contenders[0] else None
+        found = []
+        for clip in _drawn(one, prompts, shape, sampler, scheduler, clips, noise_number, shelf):
+            found.append(clip)
             bar.show("comparing", done := done + 1, clips * len(contenders))
-        seconds.append(statistics.median(times))
-        videos.append([_frames(vae, drawn) for drawn in latents])
-    measured = tuple(Measured(name=one.name, parameters=_parameters(one.model), bytes=int(one.model.model_size()), seconds=taken,
-                              psnr=_psnr(own, videos[0])) for one, taken, own in zip(contenders, seconds, videos))
+        videos.append([_frames(vae, clip.latents) for clip in found])
+        own, first = videos[-1], videos[0]
+        measured.append(Measured(name=one.name, parameters=_parameters(one.model), bytes=int(one.model.model_size()), psnr=_psnr(own, first),
+                                 seconds=statistics.median(clip.seconds for clip in found), motion=_ratio(_motion, own, first),
+                                 sharpness=_ratio(_sharpness, own, first), kept=sum(clip.kept for clip in found)))
     labels = [f"{one.name}: {one.steps} steps, cfg {one.cfg:g}, {m.seconds:.2f} s" for one, m in zip(contenders, measured)]
     images = torch.cat([_beside([own[i] for own in videos], labels) for i in range(clips)])
-    return Comparison(images=images, text=_text(contenders, measured, shape, clips), measured=measured)
+    return Comparison(images=images, text=_text(contenders, measured, shape, clips), measured=tuple(measured))
 
 
-def _drawn(one: Contender, prompts: PromptBank, shape: tuple[int, ...], sampler: str, scheduler: str, clips: int,
-           noise_number: int) -> Iterator[tuple[Tensor, float]]:
-    """(latents [1, C, T, H, W] in VAE space, seconds) of each clip, after one step that nobody times: it loads the model and warms it."""
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Clip:
+    """latents [1, C, T, H, W] in VAE space, seconds of sampling them; kept: whether they were made for an earlier comparison."""
+    latents: Tensor
+    seconds: float
+    kept: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shelf:
+    """Clips of one MODEL with one way of sampling, on disk."""
+    key: str
+
+    @classmethod
+    def of(cls, model: Any, how: tuple) -> Shelf | None:
+        """None where the MODEL does more than its weights say, or cannot be told from others."""
+        try:
+            teacher = ComfyTeacher(model)
+        except WanLiteError:
+            return None
+        return None if teacher.notes else cls(key=f"{teacher.fingerprint} {how}")
+
+    def place(self, context: Tensor, negative: Tensor, number: int) -> Path:
+        told = hashlib.sha256(f"{self.key} {number} {tuple(context.shape)} {tuple(negative.shape)}".encode())
+        for tensor in (context, negative):
+            told.update(tensor.float().contiguous().numpy().tobytes())
+        return folders.output_folder("cache", "compare") / f"{told.hexdigest()[:24]}.safetensors"
+
+
+def _read(place: Path) -> Clip | None:
+    """A kept clip, or None when it is not there or not whole."""
+    try:
+        with safe_open(place, "pt") as stored:
+            return Clip(latents=stored.get_tensor("latents").clone(), seconds=float(stored.metadata()["seconds"]), kept=True)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _drawn(one: Contender, prompts: PromptBank, shape: tuple[int, ...], sampler: str, scheduler: str, clips: int, noise_number: int,
+           shelf: Shelf | None) -> Iterator[Clip]:
+    """Each clip; before the first that is sampled there is one step that nobody times: it loads the model and warms it."""
     empty = torch.zeros(1, *shape, device=comfy.model_management.intermediate_device())
     negative = conditioning(prompts.negative)
 
@@ -95,13 +146,24 @@ def _drawn(one: Contender, prompts: PromptBank, shape: tuple[int, ...], sampler:
         return comfy.sample.sample(one.model, noise, steps, one.cfg, sampler, scheduler, conditioning(prompts.contexts[index]), negative,
                                    empty, seed=noise_number + index, disable_pbar=True)
 
-    sample(0, 1)
+    warm = False
     for index in range(clips):
+        place = shelf and shelf.place(prompts.contexts[index], prompts.negative, noise_number + index)
+        if place and (kept := _read(place)) is not None:
+            yield kept
+            continue
+        if not warm:
+            sample(0, 1)
+            warm = True
         _finish()
         begun = time.perf_counter()
         drawn = sample(index, one.steps)
         _finish()
-        yield drawn, time.perf_counter() - begun
+        clip = Clip(latents=drawn, seconds=time.perf_counter() - begun)
+        if place:
+            told = {"seconds": f"{clip.seconds:.6f}"}
+            replace_file(place, lambda path: save_file({"latents": drawn.cpu().contiguous()}, path, metadata=told))
+        yield clip
 
 
 def _finish() -> None:
@@ -124,6 +186,22 @@ def _psnr(own: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
     """Of all clips together; infinite for equal ones."""
     error = statistics.fmean(float((a - b).square().mean()) for a, b in zip(own, reference))
     return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def _ratio(statistic: Callable[[Tensor], float], own: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+    """Of the statistic's means over the clips; nan where the reference has none of it."""
+    other = statistics.fmean(map(statistic, reference))
+    return statistics.fmean(map(statistic, own)) / other if other > 0 else math.nan
+
+
+def _motion(clip: Tensor) -> float:
+    """Mean size of the difference between neighbouring frames [frames, H, W, 3]."""
+    return float(clip.diff(dim=0).abs().mean()) if len(clip) > 1 else 0.0
+
+
+def _sharpness(clip: Tensor) -> float:
+    """Mean size of the difference between neighbouring pixels."""
+    return float(clip.diff(dim=1).abs().mean() + clip.diff(dim=2).abs().mean())
 
 
 def _beside(videos: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
@@ -149,6 +227,9 @@ def _text(contenders: Sequence[Contender], measured: Sequence[Measured], shape: 
                 f"{m.seconds:.3f} s a clip (warm, median of {clips})")
         if m is not first:
             psnr = "equal to the teacher's" if math.isinf(m.psnr) else f"{m.psnr:.1f} dB from the teacher's"
-            line += f", {first.seconds / m.seconds:.2f} times as fast; clips {psnr} (PSNR)"
+            line += f", {first.seconds / m.seconds:.2f} times as fast; clips {psnr} (PSNR), "
+            line += f"sharpness {m.sharpness:.2f}" + ("" if math.isnan(m.motion) else f" and motion {m.motion:.2f}") + " times the teacher's"
         lines.append(f"{line}.")
+    if first.kept:
+        lines.append(f"{first.kept} of the teacher's clips and their seconds are of an earlier comparison.")
     return "\n".join((*lines, f"{clips} clips of latent size {' x '.join(map(str, shape))}, the same noise for all."))

@@ -57,3 +57,31 @@ def test_wrong_links_get_a_sentence(compare, refused):
         compare(clips=3)
     with refused("4 channels"):
         compare(latent=empty_latent(channels=4))
+
+
+def test_the_teachers_clips_are_kept_for_the_next_student(compare, model, comfyui, monkeypatch):
+    import comfy.sample
+    asked, sample = [], comfy.sample.sample
+    monkeypatch.setattr(comfy.sample, "sample", lambda *given, **options: asked.append(given[2]) or sample(*given, **options))
+    first = compare(noise_number=90, clips=2, teacher_steps=3)
+    assert asked == [1, 3, 3, 1, 2, 2] and "earlier comparison" not in first[1]
+    asked.clear()
+    again = compare(noise_number=90, clips=2, teacher_steps=3, student_steps=4)
+    assert asked == [1, 4, 4] and "2 of the teacher's clips" in again[1]
+    assert torch.equal(halves(again[0])[0], halves(first[0])[0]) and again[2] == pytest.approx(first[2], rel=1e-4)
+    asked.clear()
+    for changed in ({"teacher": lora(model, 1.0)}, {"noise_number": 91}, {"teacher_cfg": 3.0}, {"sampler": "heun"}, {"latent": empty_latent(32, 48, 5)}):
+        assert "earlier comparison" not in compare(**{"noise_number": 90, "clips": 2, "teacher_steps": 3, **changed})[1], changed
+    for file in (comfyui.base / "output/wanlite/cache/compare").iterdir():
+        file.write_bytes(b"torn")
+    assert "earlier comparison" not in compare(noise_number=90, clips=2, teacher_steps=3)[1]
+
+
+def test_motion_and_sharpness_are_ratios_to_the_teachers(compare, pack, model):
+    _, text, *_ = compare()
+    assert "sharpness 1.00 and motion 1.00 times the teacher's" in text
+    measure = pack("nodes.comfy_bridge.compare")
+    clip = torch.rand(4, 8, 8, 3)
+    half = clip / 2
+    assert measure._ratio(measure._motion, [half], [clip]) == pytest.approx(0.5) == measure._ratio(measure._sharpness, [half], [clip])
+    assert compare(latent=empty_latent(32, 32, 1))[1].count("motion") == 0

@@ -38,7 +38,7 @@ from .report import Measured, describe
 
 log = logging.getLogger(__name__)
 
-VERSION = 2                 # raise it when the same request would give other weights
+VERSION = 3                 # raise it when the same request would give other weights
 NOTE = "start.json"
 HELD_OUT = 8                # states for the report, which take no part in any choice
 LEAST_STATES, MOST_STATES, DEPTH_STATES = 8, 64, 16
@@ -189,7 +189,7 @@ def _heal(teacher: Teacher, prompts: PromptBank, shape: tuple[int, int, int, int
     """{name: the file that holds what it became}. The cut is written first and read block by block: a 14B is never in memory as a whole."""
     each = KEPT.itemsize * tokens(shape) * teacher.config.dim
     count = max(LEAST_HEALING, min(MOST_HEALING, MEMORY // each))
-    probe = yield from make_probe(teacher, prompts, shape, seed=seed + 1, count=count, cfg=cfg, each=ROLLOUT_STEPS)
+    probe = yield from make_probe(teacher, prompts, shape, seed=seed + 1, count=count, cfg=cfg, each=ROLLOUT_STEPS, renoised=ROLLOUT_STEPS)
     yield Progress(stage="Writing the cut", done=0, total=1)
     config = plan.student_config(teacher.config)
     written = write_student(staging / "cut", config=config, tensors=_Weights(teacher, plan, cuts)())

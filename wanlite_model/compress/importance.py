@@ -54,15 +54,16 @@ def tokens(shape: Collection[int]) -> int:
 
 
 def make_probe(teacher: Teacher, prompts: PromptBank, shape: tuple[int, int, int, int], *, seed: int, count: int, cfg: float,
-               each: int = 2) -> Generator[Progress, None, Probe]:
+               each: int = 2, renoised: int = 0) -> Generator[Progress, None, Probe]:
     """`count` states of shape (C, T, H, W) from short guided rollouts at the deployment shift, one prompt each.
 
     Of 8 steps a rollout gives `each` (1, 2, 4 or 8) states, evenly apart and one step later in every next rollout, so that any 8 states
-    in a row see every sigma. Yields once a forward; raises WanLiteError on a shape that the teacher does not take.
+    in a row see every sigma. renoised: beside them, how often its end is noised again, half of the times to a sigma anywhere: a shifted path
+    has no low ones. Yields once a forward; raises WanLiteError on a shape that the teacher does not take.
     """
     check_shape(teacher, shape)
     apart = ROLLOUT_STEPS // each
-    rollouts = list(range(math.ceil(count / each)))
+    rollouts = list(range(math.ceil(count / (each + renoised))))
     together = max(1, TOKENS_AT_ONCE // (2 * tokens(shape)))
     sigmas = flow.schedule(ROLLOUT_STEPS, teacher.shift)
     order = torch.randperm(len(prompts), generator=_generator(seed, -1)).tolist()
@@ -81,10 +82,21 @@ def make_probe(teacher: Teacher, prompts: PromptBank, shape: tuple[int, int, int
                     if step % apart == r % apart:
                         taken[r, step] = Probe(x=x[i:i + 1].clone(), sigma=sigma[i:i + 1].clone(), context=positive.context[i:i + 1].clone())
             yield Progress(stage="Probing the teacher", done=first + len(group) * (step + 1) // ROLLOUT_STEPS, total=len(rollouts))
+        with torch.no_grad():
+            x0, *_ = next(path)
+        with torch.inference_mode(False), torch.no_grad():
+            for i, r in enumerate(group):
+                taken |= {(r, ROLLOUT_STEPS + k): state for k, state in enumerate(
+                    _noised_again(x0[i:i + 1].clone(), positive.context[i:i + 1], teacher.shift, renoised, _generator(seed + 1, r)))}
         states.extend(taken[key] for key in sorted(taken))
     with torch.inference_mode(False), torch.no_grad():
         return Probe(x=torch.cat([s.x for s in states]), sigma=torch.cat([s.sigma for s in states]),
                      context=pad_together(*(s.context for s in states)))[:count]
+
+
+def _noised_again(x0: Tensor, context: Tensor, shift: float, count: int, draw: torch.Generator) -> Iterator[Probe]:
+    for sigma in flow.sample_sigma(count, shift, 0.5, draw).split(1):
+        yield Probe(x=flow.add_noise(x0, torch.randn(x0.shape, generator=draw).to(x0), sigma), sigma=sigma, context=context.clone())
 
 
 def check_shape(teacher: Teacher, shape: tuple[int, int, int, int]) -> None:
