@@ -3,9 +3,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from .comfy_bridge import folders
 from .sockets import Recipe
 
 AS_PRESET = "as the preset"
+START_FROM = "start_from"       # the one setting that is no field of the engine's Recipe: a file of ComfyUI's
 UNSET = {"rank": -1, "own_states": -1.0, "renoised": -1.0, "full_range": -1.0, "ema_decay": -1.0, "weight_decay": -1.0, "warmup": -1}
 
 
@@ -24,6 +26,9 @@ class WanLiteRecipe(io.ComfyNode):
                 io.Int.Input("rank", default=-1, min=-1, max=4096,
                              tooltip="Above 0: LoRA adapters of this rank are trained, the student's own weights stay. 0: all weights are trained, which "
                                      "takes several times the memory. -1: the preset's."),
+                io.Combo.Input("start_from", options=[folders.NONE, *folders.lora_names()], default=folders.NONE,
+                               tooltip="A LoRA for the teacher that training begins with, for instance a speed LoRA that was made for another WAN: it is "
+                                       "healed to this one. For a student of the teacher's own size."),
                 io.Int.Input("student_steps", default=0, min=0, max=100,
                              tooltip="trajectory: steps that the student is made for. 0: the preset's. Not used when SIGMAS are connected."),
                 io.Float.Input("own_states", default=-1.0, min=-1.0, max=1.0, step=0.05,
@@ -59,8 +64,12 @@ class WanLiteRecipe(io.ComfyNode):
             outputs=[Recipe.Output(display_name="recipe", tooltip="For WanLite Distill.")])
 
     @classmethod
-    def execute(cls, **settings: Any) -> io.NodeOutput:
+    def fingerprint_inputs(cls, start_from: str = folders.NONE, **_: Any) -> str:
+        return "" if start_from == folders.NONE else folders.changed(folders.lora_path(start_from))
+
+    @classmethod
+    def execute(cls, start_from: str, **settings: Any) -> io.NodeOutput:
         from ..wanlite_model.distill.job import Recipe as Settings
         given = {name: value for name, value in settings.items() if value != AS_PRESET and value != UNSET.get(name, 0)}
         Settings(**given)           # refused here, on the node that is wrong
-        return io.NodeOutput(given)
+        return io.NodeOutput({**given, **({} if start_from == folders.NONE else {START_FROM: start_from})})

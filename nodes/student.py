@@ -36,9 +36,9 @@ class WanLiteCreateStudent(io.ComfyNode):
                 io.Combo.Input("method", options=["greedy", "interleaved"], default="greedy",
                                tooltip="How blocks are chosen: 'greedy' removes, one after another, the block that changes the teacher's answer "
                                        "least (some minutes); 'interleaved' spreads them evenly (no time). Not used with a keep-map."),
-                io.Int.Input("block_steps", default=150, min=0, max=100_000,
-                             tooltip="Steps for which each block after a removed one is trained by itself to do its work too: one block at a time is on "
-                                     "the card. It spares the distillation most of its time. 0: not at all."),
+                io.Int.Input("block_steps", default=0, min=0, max=100_000,
+                             tooltip="Steps for which each block after a removed one is trained by itself to do its work too, before any distillation: "
+                                     "one block at a time is on the card. 150 makes a far better start and takes minutes. 0: not at all."),
                 io.Float.Input("cfg", default=5.0, min=1.0, max=100.0, step=0.1,
                                tooltip="Guidance scale of the teacher while it is watched; set it as in WanLite Distill."),
                 io.Int.Input("probe_seed", default=0, min=0, max=2**31 - 1,

@@ -30,6 +30,19 @@ def loras_folder() -> Path:
     return Path(folder_paths.get_folder_paths("loras")[0])
 
 
+def lora_names() -> list[str]:
+    """LoRA files as stock loaders name them."""
+    return [name for name in folder_paths.get_filename_list("loras") if name.lower().endswith(ENDINGS)]
+
+
+def lora_path(name: str) -> Path:
+    """The file behind one of lora_names(). Raises WanLiteError when it is gone."""
+    path = folder_paths.get_full_path("loras", name)
+    if path is None:
+        raise WanLiteError(f"{name} is not in ComfyUI's LoRA folders any more.", "", "Press R to refresh the list, and choose again.")
+    return Path(path)
+
+
 def model_names() -> list[str]:
     """Safetensors files below the model folders as stock loaders name them, and WAN or diffusers folders with a slash at the end."""
     files = [name for name in folder_paths.get_filename_list(MODELS) if name.lower().endswith(ENDINGS)]

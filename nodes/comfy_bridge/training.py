@@ -16,11 +16,12 @@ from ...wanlite_model.distill.data import check_latents, latents_fingerprint
 from ...wanlite_model.distill.events import Eval, Event, Finished, Sample, Stage, Step
 from ...wanlite_model.distill.job import DistillJob
 from ...wanlite_model.distill.presets import PRESETS
-from ...wanlite_model.distill.trainer import run
+from ...wanlite_model.distill.trainer import lora_fingerprint, run
 from ...wanlite_model.errors import WanLiteError
+from ...wanlite_model.formats.lora import Lora, read_lora
 from ...wanlite_model.formats.place import check_name
 from ...wanlite_model.prompts import PromptBank
-from . import memory
+from . import folders, memory
 from .latents import shape_of, training_latents
 from .runtime import Bar, drive, log
 from .teacher import ComfyTeacher
@@ -41,14 +42,17 @@ class Training:
     prompts: PromptBank
     latents: Tensor | None
     vae: Any
+    start_from: Lora | None = None
 
     @classmethod
     def of(cls, *, student: StudentHandle, model: Any, prompts: PromptBank, latent: dict, sigmas: Tensor | None, preset: str,
            changes: Mapping[str, Any], vae: Any, **settings: Any) -> Training:
-        """changes: to the preset's recipe. settings: of DistillJob. Raises WanLiteError when the parts do not belong together."""
+        """changes: to the preset's recipe, and a LoRA's name to start from. settings: of DistillJob. Raises WanLiteError when the parts do not belong together."""
         teacher = ComfyTeacher(model)
         its = teacher.config
-        chosen = PRESETS[preset]
+        chosen, changes = PRESETS[preset], dict(changes)
+        lora = changes.pop("start_from", None)
+        start_from = None if lora is None else read_lora(folders.lora_path(lora), student.config)
         shape, latents = shape_of(latent, its.in_dim), training_latents(latent, model, its.in_dim)
         check_latents(latents, prompts)
         if chosen.frames is not None and shape[1] != chosen.frames:
@@ -56,9 +60,9 @@ class Training:
                                "Set length to 1 on the empty latent, or choose a preset for video.")
         job = DistillJob(student=student.fingerprint, teacher=teacher.fingerprint, prompts=prompts.fingerprint, shape=shape,
                          shift=teacher.shift, latents=latents_fingerprint(latents), recipe=replace(chosen.recipe, **changes),
-                         fold_guidance=chosen.fold_guidance,
+                         fold_guidance=chosen.fold_guidance, start_from="" if start_from is None else lora_fingerprint(start_from),
                          sigmas=None if sigmas is None else tuple(float(sigma) for sigma in sigmas), **settings)
-        return cls(job=job, teacher=teacher, model=model, student=student, prompts=prompts, latents=latents, vae=vae)
+        return cls(job=job, teacher=teacher, model=model, student=student, prompts=prompts, latents=latents, vae=vae, start_from=start_from)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -89,7 +93,8 @@ class Training:
                 ended.append(event)
 
         try:
-            drive(run(self.job, folder, cache, self.teacher, self.student, self.prompts, self.latents, samples=self.vae is not None), show)
+            drive(run(self.job, folder, cache, self.teacher, self.student, self.prompts, self.latents, samples=self.vae is not None,
+                      start_from=self.start_from), show)
         finally:
             memory.release()
         return ended[0]

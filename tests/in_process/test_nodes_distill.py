@@ -193,7 +193,7 @@ def test_the_recipe_node_changes_what_was_set_and_leaves_the_preset_the_rest(pac
     assert call(node)[0] == {}
     assert call(node, learning_rate=1e-3, rank=0, renoised=0.0)[0] == {"learning_rate": 1e-3, "rank": 0, "renoised": 0.0}
     shown = {widget.id: widget for widget in node.GET_SCHEMA().inputs}
-    assert tuple(shown["objective"].options[1:]) == engine.OBJECTIVES and set(shown) == {field.name for field in dataclasses.fields(engine.Recipe)}
+    assert tuple(shown["objective"].options[1:]) == engine.OBJECTIVES and set(shown) == {"start_from", *(f.name for f in dataclasses.fields(engine.Recipe))}
 
 
 def test_a_preset_that_makes_a_lora_ends_in_a_file_for_the_stock_lora_loader(comfyui, teacher, distil, pack, refused):
@@ -223,3 +223,21 @@ def test_a_preset_that_makes_a_lora_ends_in_a_file_for_the_stock_lora_loader(com
 def test_the_image_preset_wants_one_frame(distil, refused):
     with refused("for one frame and the LATENT has 5"):
         distil("image", preset="image")
+
+
+def test_a_speed_lora_can_be_what_training_starts_from(comfyui, teacher, distil, pack, refused):
+    make = pack("nodes.student").WanLiteCreateStudent
+    same, _ = call(make, model=teacher, prompts=BANK, latent=LATENT, preset="same size")
+    folder = comfyui.base / "models/loras"
+    generator = torch.Generator().manual_seed(0)
+    width = teacher.model.diffusion_model.dim
+    save_file({"diffusion_model.blocks.0.self_attn.o.lora_down.weight": torch.randn(2, width, generator=generator) * 0.3,
+               "diffusion_model.blocks.0.self_attn.o.lora_up.weight": torch.randn(width, 2, generator=generator) * 0.3}, folder / "speed.safetensors")
+    save_file({"lora_te_x.lora_down.weight": torch.randn(2, 8)}, folder / "foreign.safetensors")
+    node = pack("nodes.recipe").WanLiteRecipe
+    settings = {"rank": 2, "learning_rate": 2e-3, "teacher_steps": 2, "evaluations": 1}
+    assert {"none", "speed.safetensors"} <= set(next(w for w in node.GET_SCHEMA().inputs if w.id == "start_from").options)
+    student, _, _, report, _ = distil("healed", student=same, preset="no-cfg", recipe=call(node, start_from="speed.safetensors", **settings)[0], steps=20)
+    assert "LoRA as it was" in report and student.loras
+    with refused("is no LoRA for a WAN"):
+        distil("foreign", student=same, preset="no-cfg", recipe=call(node, start_from="foreign.safetensors", **settings)[0])

@@ -23,7 +23,9 @@ from ..transformer import WanLiteStudent
 class Adapters:
     """Low-rank factors on layers of `module`, trainable. parameters: {"<layer>.lora_A.weight" or "...lora_B.weight": tensor}."""
 
-    def __init__(self, module: WanLiteStudent, factors: Mapping[str, Factors]) -> None:
+    def __init__(self, module: WanLiteStudent, factors: Mapping[str, Factors], diffs: Mapping[str, Tensor] = {}) -> None:
+        """diffs: what else the LoRA adds, {tensor name: tensor}; it is in the module's weights already, is not trained, and is written with it."""
+        self.diffs = dict(diffs)
         self.parameters: dict[str, nn.Parameter] = {}
         self.scales: dict[str, float] = {}
         self.enabled = True

@@ -44,7 +44,7 @@ def write_finished(job: DistillJob, files: RunFolder, start: StudentHandle, teac
         write_student(files.student, config=start.config, tensors=best.items(), card=card, overwrite=True)
         handle = replace(start, folder=str(files.student), loras=(), same_as="", fingerprint=fingerprint_tensors(best.items()), card=card)
     else:
-        write_lora(files.lora, Lora(factors=state.adapters.factors(best)), card=card)
+        write_lora(files.lora, Lora(factors=state.adapters.factors(best), diffs=state.adapters.diffs), card=card)
         handle = replace(start, loras=(*start.loras, str(files.lora)), fingerprint=fingerprint_tensors(best.items(), start.fingerprint), card=card)
     files.note("finished", {"handle": handle.to_json(), "report": _report(job, measured, state, planned, cache),
                             "plain_cut": measured.plain.error})

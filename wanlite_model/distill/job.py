@@ -56,7 +56,7 @@ class Recipe:
 class DistillJob:
     """One distillation, whole.
 
-    student, teacher, prompts, latents: fingerprints; latents is empty for a data-free job. shape: (C, T, H, W) of a training sample in
+    student, teacher, prompts, latents, start_from: fingerprints; latents is empty for a data-free job, start_from without a LoRA to begin with. shape: (C, T, H, W) of a training sample in
     latent units. shift: the deployment shift. cfg: the teacher's guidance scale; folded into the student with `fold_guidance`,
     which then runs at cfg 1. sigmas: the path of the teacher's rollouts from 1 to 0; None is the `simple` schedule. steps: 0 lets
     `minutes` (of the whole job) decide.
@@ -65,6 +65,7 @@ class DistillJob:
     teacher: str
     prompts: str
     latents: str = ""
+    start_from: str = ""
     shape: tuple[int, int, int, int]
     shift: float
     cfg: float = 5.0

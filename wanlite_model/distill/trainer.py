@@ -21,8 +21,9 @@ from ..compress.apply import plain_cut
 from ..compress.handle import StudentHandle
 from ..compress.importance import tokens
 from ..errors import WanLiteError
+from ..formats.lora import Lora
 from ..prompts import PromptBank
-from ..teacher import Cond, Teacher, pad_together
+from ..teacher import Cond, Teacher, fingerprint_tensors, pad_together
 from ..transformer import WanLiteStudent
 from . import objectives
 from .adapters import Adapters, fresh_factors
@@ -43,6 +44,11 @@ TIMED_STEPS = 3
 LEAST_STEPS = 10                # of a job that has minutes, however few they are
 
 
+def lora_fingerprint(lora: Lora) -> str:
+    """What `DistillJob.start_from` holds."""
+    return fingerprint_tensors(lora.tensors())
+
+
 def trains(function: Callable[..., Any]) -> Callable[..., Any]:
     """For functions that make or change weights: ComfyUI runs nodes in inference mode, whose tensors can never be trained."""
     @functools.wraps(function)
@@ -53,13 +59,15 @@ def trains(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def run(job: DistillJob, folder: Path, cache_root: Path, teacher: Teacher, student: StudentHandle, prompts: PromptBank,
-        latents: Tensor | None = None, should_finish: Callable[[], bool] = lambda: False, samples: bool = False) -> Iterator[Event]:
+        latents: Tensor | None = None, should_finish: Callable[[], bool] = lambda: False, samples: bool = False,
+        start_from: Lora | None = None) -> Iterator[Event]:
     """Distils `student` from `teacher` into the run folder; teacher answers are kept under `cache_root`.
 
-    latents [N, C, T, H, W] in processed space are optional training data. samples: draw one at each evaluation. Ends with Finished.
+    latents [N, C, T, H, W] in processed space are optional training data. samples: draw one at each evaluation. start_from: a LoRA over
+    the student that training begins with: its factors where adapters are trained, else it is merged first. Ends with Finished.
     Raises WanLiteError when the job cannot start, when the folder is another job's, or when the loss is not finite.
     """
-    return Run(job, RunFolder(folder), cache_root, teacher, student, prompts, latents, should_finish, samples).events()
+    return Run(job, RunFolder(folder), cache_root, teacher, student, prompts, latents, should_finish, samples, start_from).events()
 
 
 @dataclass
@@ -74,6 +82,7 @@ class Run:
     latents: Tensor | None
     should_finish: Callable[[], bool]
     samples: bool
+    start_from: Lora | None = None
 
     def events(self) -> Iterator[Event]:
         self._check()
@@ -110,7 +119,8 @@ class Run:
 
     def _check(self) -> None:
         check_latents(self.latents, self.prompts)
-        given = {"student": self.handle.fingerprint, "teacher": self.teacher.fingerprint, "prompts": self.prompts.fingerprint}
+        given = {"student": self.handle.fingerprint, "teacher": self.teacher.fingerprint, "prompts": self.prompts.fingerprint,
+                 "start_from": "" if self.start_from is None else lora_fingerprint(self.start_from)}
         for name, fingerprint in given.items():
             if getattr(self.job, name) != fingerprint:
                 raise WanLiteError(f"The job was made for {name} {getattr(self.job, name)} and was given {fingerprint}.", "",
@@ -168,10 +178,17 @@ class Run:
         module = self.handle.load(dtype, device).train()
         if tokens(self.job.shape) >= CHECKPOINT_TOKENS:
             module.enable_gradient_checkpointing()
-        adapters = None
+        adapters, begin = None, self.start_from or Lora(factors={})
+        with torch.no_grad():
+            # What adapters cannot carry, or all of it where there are none, becomes part of the weights.
+            into = replace(begin, factors={}) if frozen else begin
+            own = module.state_dict()
+            for name, value in into.merged((name, own[name]) for name in into.touched()):
+                own[name].copy_(value)
         if frozen:
             module.requires_grad_(False)
-            adapters = Adapters(module, fresh_factors(module, recipe.rank, seeded(self.job.train_seed, "adapters")))
+            fresh = fresh_factors(module, recipe.rank, seeded(self.job.train_seed, "adapters"))
+            adapters = Adapters(module, {**fresh, **begin.factors}, begin.diffs)
         trained = dict(module.named_parameters()) if adapters is None else adapters.parameters
         return TrainState(student=module, adapters=adapters, trained=trained, average=WeightAverage(trained, recipe.ema_decay),
                           optimizer=make_optimizer(trained, recipe))
@@ -192,13 +209,15 @@ class Run:
         noted = self.files.noted("baseline")
         if noted is None:
             plain = start = yield from self._evaluate("evaluating the start")
-            if self._is_cut() and self.handle.same_as != self.teacher.fingerprint:
+            if self._is_cut() and not self.start_from and self.handle.same_as != self.teacher.fingerprint:
                 plain = yield from self._plain_cut()
             noted = {"plain_cut": asdict(plain), "start": asdict(start)}
             self.files.note("baseline", noted)
         return _held(noted["plain_cut"]), _held(noted["start"])
 
     def _yardstick(self) -> str:
+        if self.start_from:
+            return "LoRA as it was"
         if not self._is_cut():
             return "untrained student"
         return "teacher without guidance" if self.handle.same_as == self.teacher.fingerprint else PLAIN_CUT

@@ -43,6 +43,17 @@ class Lora:
     factors: Mapping[str, Factors]
     diffs: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All that decides what it does, by name: what a fingerprint is made of."""
+        for layer, found in self.factors.items():
+            yield f"{layer}.down", found.down
+            yield f"{layer}.up", found.up * found.scale
+        yield from self.diffs.items()
+
+    def touched(self) -> tuple[str, ...]:
+        """The names of the tensors that it changes."""
+        return tuple(dict.fromkeys((*(f"{layer}.weight" for layer in self.factors), *self.diffs)))
+
     def merged(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The base's (name, tensor) with this LoRA in them; what it changes comes in fp32, so that it is rounded only where it is written."""
         for name, tensor in tensors:
