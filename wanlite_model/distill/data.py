@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain, cycle, islice
 from pathlib import Path
 
@@ -65,11 +65,8 @@ class Batch:
         return self.v_pos if self.v_neg is None else flow.guided(self.v_neg, self.v_pos, cfg)
 
     def __getitem__(self, part: slice) -> Batch:
-        return Batch(prompts=self.prompts[part], **{name: None if value is None else value[part] for name in _TENSORS
-                                                    for value in (getattr(self, name),)})
-
-
-_TENSORS = ("x", "sigma", "v_pos", "v_neg", "goal", "following", "rolled")
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: None if column is None else column[part] for name, column in columns.items()})
 
 
 def seeded(*parts: object) -> torch.Generator:

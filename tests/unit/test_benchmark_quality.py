@@ -1,0 +1,87 @@
+"""The quality table: its rows hold together, its scores mean what they say, and the second world's judge reads what was rendered."""
+import dataclasses
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.bars import BARS, adherence, read
+from benchmarks.quality import score
+from benchmarks.quality.rows import ablations, chosen, rows
+from benchmarks.quality.table import table
+from benchmarks.quality.task import Task
+from demo.world import BALLS
+from wanlite_model.distill.presets import PRESETS
+
+
+def test_every_row_has_a_name_of_its_own_and_finds_what_it_needs():
+    everything = (*rows(), *ablations())
+    names = [row.name for row in everything]
+    assert len(set(names)) == len(names)
+    assert all(set(row.needs) <= set(names[:i]) for i, row in enumerate(everything))
+    assert {"teacher", "plain cut", "from scratch", "plain baseline", *PRESETS} - {"keep-cfg"} <= set(names)
+    assert [row.name for row in chosen(["slim + few-step 4"], everything)] == ["slim", "slim + few-step 4"]
+
+
+def test_a_result_is_known_again_only_for_the_same_row(tmp_path):
+    first, second = rows()[0], rows()[1]
+    task = Task(row=first, world="balls", seed=0, videos=8, home=tmp_path)
+    assert task.result() is None
+    task.folder.mkdir(parents=True)
+    (task.folder / "scores.json").write_text(f'{{"key": "{task.key}", "scores": {{"right": 3}}}}')
+    assert task.result() == {"right": 3}
+    for changed in ({"videos": 9}, {"row": dataclasses.replace(first, steps=29)}):
+        assert dataclasses.replace(task, **changed).result() is None
+    assert dataclasses.replace(task, row=second).folder != task.folder != dataclasses.replace(task, seed=1).folder
+
+
+def test_the_table_puts_seeds_together():
+    scores = {"right": 60, "videos": 64, "error": 0.02, "psnr": 30.0, "parameters": 2e6, **{f"error {b}/4": 0.1 * b for b in range(1, 5)}}
+    row = rows()[0]
+    text = table([(row, scores), (row, {**scores, "right": 64, "error": 0.04})])
+    line = text.splitlines()[-1]
+    assert line.startswith("| teacher | 0.969 [0.923, 0.988] | 0.0300 | 0.100 0.200 0.300 0.400 |") and "| 2.00 |" in line and "| - |" in line
+
+
+def test_scores_of_a_clip_are_ratios_to_the_teachers():
+    clips = np.random.default_rng(0).integers(0, 256, (3, 4, 8, 8, 3), dtype=np.uint8)
+    same = score.compared(clips, clips)
+    assert same["psnr"] > 100 and same["sharpness"] == same["motion"] == same["saturation"] == pytest.approx(1.0)
+    dim = score.compared(clips // 2, clips)
+    assert dim["sharpness"] == pytest.approx(0.5, abs=0.01) == dim["motion"] == dim["saturation"]
+    still = np.repeat(clips[:, :1], 4, axis=1)
+    assert score.compared(still, clips)["motion"] == 0 and "motion" not in score.compared(clips[:, :1], clips[:, :1])
+    several = clips.repeat(score.VARIED_PROMPTS * score.VARIED_SEEDS, axis=0)[:score.VARIED_PROMPTS * score.VARIED_SEEDS]
+    assert score.spread(several) == 0
+
+
+def test_the_states_of_the_table_are_the_teachers_and_reach_low_noise():
+    from helpers_tiny import random_wan
+    teacher = random_wan(depth=1)
+    world = dataclasses.replace(BALLS, latents=(16, 1, 4, 4))
+    states = score.teacher_states(teacher, world, world.latents, 3.0, 2)
+    assert states["sigma"].min() < 0.2 and states["sigma"].max() == 1
+    with torch.no_grad():
+        reference = score.Reference(world=world, pairs=[], clips=np.zeros(0), varied=np.zeros(0), states={"own": states})
+        guided, plain = (score.velocity_scores(teacher, reference, cfg) for cfg in (3.0, 1.0))
+    assert guided["error"] < 1e-10 and guided["closure"] == pytest.approx(1.0)
+    assert plain["error"] > 1e-6 and plain["closure"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_bars_are_read_back_and_held_out_prompts_stay_out():
+    assert len(BARS.prompts) == 192 and len(BARS.held_out) == 32 and len(BARS.training) == 160
+    assert all(all(adherence(BARS.render(prompt, seed), prompt).values()) for seed, prompt in enumerate(BARS.prompts))
+    blank = np.full((9, 64, 64, 3), 0.1)
+    assert read(blank) == {"change": None, "colour": None, "shape": None, "place": None, "wall": "black"}
+    rng = random.Random(0)
+    assert all(BARS.corrupted(prompt, rng, 0.0) == prompt for prompt in BARS.prompts[:20])
+    changed = [BARS.corrupted(BARS.prompts[0], rng, 0.5) for _ in range(200)]
+    assert set(changed) <= set(BARS.prompts) and 1 < len(set(changed)) and not math.isclose(changed.count(BARS.prompts[0]), 200)
+
+
+def test_a_world_starts_where_a_stock_sampler_with_that_seed_starts():
+    (prompt, noise), = BALLS.pairs(1, first=7)
+    assert prompt in BALLS.prompts and torch.equal(noise, torch.randn(BALLS.latents, generator=torch.Generator().manual_seed(7)))
+    assert BALLS.bank().prompts == BALLS.training and not set(BALLS.training) & set(BALLS.held_out)
