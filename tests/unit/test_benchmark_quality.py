@@ -42,15 +42,15 @@ def test_the_table_puts_seeds_together():
     row = rows()[0]
     text = table([(row, scores), (row, {**scores, "right": 64, "error": 0.04})])
     line = text.splitlines()[-1]
-    assert line.startswith("| teacher | 0.969 [0.923, 0.988] | 0.0300 | 0.100 0.200 0.300 0.400 |") and "| 2.00 |" in line and "| - |" in line
+    assert line.startswith("| teacher | 0.969 [0.922, 0.988] | 0.0300 | 0.100 0.200 0.300 0.400 |") and "| 2.00 |" in line and "| - |" in line
 
 
 def test_scores_of_a_clip_are_ratios_to_the_teachers():
     clips = np.random.default_rng(0).integers(0, 256, (3, 4, 8, 8, 3), dtype=np.uint8)
     same = score.compared(clips, clips)
-    assert same["psnr"] > 100 and same["sharpness"] == same["motion"] == same["saturation"] == pytest.approx(1.0)
+    assert same["psnr"] > 100 and [same[name] for name in ("sharpness", "motion", "saturation")] == pytest.approx([1.0] * 3)
     dim = score.compared(clips // 2, clips)
-    assert dim["sharpness"] == pytest.approx(0.5, abs=0.01) == dim["motion"] == dim["saturation"]
+    assert [dim[name] for name in ("sharpness", "motion", "saturation")] == pytest.approx([0.5] * 3, abs=0.01)
     still = np.repeat(clips[:, :1], 4, axis=1)
     assert score.compared(still, clips)["motion"] == 0 and "motion" not in score.compared(clips[:, :1], clips[:, :1])
     several = clips.repeat(score.VARIED_PROMPTS * score.VARIED_SEEDS, axis=0)[:score.VARIED_PROMPTS * score.VARIED_SEEDS]
