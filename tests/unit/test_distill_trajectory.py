@@ -3,6 +3,7 @@ import dataclasses
 
 import pytest
 import torch
+from helpers_compress import result_of
 from helpers_tiny import random_bank, random_teacher
 
 from wanlite_model import flow
@@ -77,18 +78,12 @@ def test_the_shares_of_the_recipe_say_where_steps_begin(filled):
 def test_a_student_that_takes_the_teachers_steps_has_no_error_left(filled):
     """The random teacher's own path is not straight, so its single steps are off by what the average velocity is there to mend."""
     teacher, bank, job, cache = filled
-    def ended(measuring):
-        while True:
-            try:
-                next(measuring)
-            except StopIteration as end:
-                return end.value
     one = dataclasses.replace(job, cfg=1.0, recipe=dataclasses.replace(job.recipe, student_steps=6))
     exact = TeacherCache(cache.root, one, plan_units(one, bank, None))
     list(exact.fill(teacher, bank, None))
-    held = ended(evaluate(teacher.module, exact.held_out(), bank, one, exact.held_out_paths()))
+    held = result_of(evaluate(teacher.module, exact.held_out(), bank, one, exact.held_out_paths()))
     assert held.error < 1e-5
-    assert ended(evaluate(teacher.module, cache.held_out(), bank, job, cache.held_out_paths())).error > 1e-4
+    assert result_of(evaluate(teacher.module, cache.held_out(), bank, job, cache.held_out_paths())).error > 1e-4
 
 
 def test_a_few_step_teacher_is_asked_at_its_own_sigmas_alone():
