@@ -28,6 +28,8 @@ from wanlite_model.prompts import PromptBank
 from wanlite_model.teacher import ModuleTeacher
 from wanlite_model.transformer import WanLiteStudent
 
+from . import result_of
+
 SHAPE = (16, 3, 8, 8)
 WARM = 5
 
@@ -48,7 +50,7 @@ def measure(folder: Path, steps: int) -> tuple[float, float]:
     teacher = ModuleTeacher(WanLiteStudent(hidden_size=128, depth=12, ffn_dim=512), shift=5.0)
     bank = PromptBank(prompts=tuple(f"prompt {i}" for i in range(12)), contexts=tuple(torch.randn(10, 4096) * 0.3 for _ in range(12)),
                       negative_text="", negative=torch.zeros(1, 4096))
-    handle = _last(create_student(teacher, bank, SHAPE, depth=8, method="interleaved", folder=folder / "starts"))[0]
+    handle = result_of(create_student(teacher, bank, SHAPE, depth=8, method="interleaved", folder=folder / "starts"))[0]
     job = DistillJob(student=handle.fingerprint, teacher=teacher.fingerprint, prompts=bank.fingerprint, shape=SHAPE, shift=5.0,
                      steps=WARM + steps + 1, recipe=Recipe(batch_size=16, teacher_steps=4, evaluations=1))
     bare = bare_step(job, WanLiteStudent.from_pretrained(handle.folder, torch_dtype=torch.float32), bank, folder / "cache")
@@ -89,14 +91,6 @@ def bare_step(job: DistillJob, student: WanLiteStudent, bank: PromptBank, cache_
 def _next_step(events) -> None:
     while not isinstance(next(events), Step):
         pass
-
-
-def _last(generator):
-    while True:
-        try:
-            next(generator)
-        except StopIteration as end:
-            return end.value
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import math
 import random
 from collections.abc import Sequence
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import torch

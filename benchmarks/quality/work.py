@@ -3,9 +3,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -14,7 +13,7 @@ from demo.comfy_path import open_comfyui
 from demo.vae import Vae
 from demo.world import BALLS, World
 from wanlite_model.compress.apply import plain_cut
-from wanlite_model.compress.build import Built, create_student
+from wanlite_model.compress.build import create_student
 from wanlite_model.compress.handle import StudentHandle
 from wanlite_model.distill.checkpoint import RunFolder
 from wanlite_model.distill.events import Finished
@@ -26,7 +25,7 @@ from wanlite_model.formats.write import MODEL_FILE, write_student
 from wanlite_model.teacher import ModuleTeacher
 from wanlite_model.transformer import WanLiteStudent
 
-from .. import bars
+from .. import bars, result_of
 from .rows import Row
 from .score import Reference, clip_scores, open_vae, velocity_scores
 from .task import Task
@@ -116,19 +115,11 @@ def created(task: Task, world: World, teacher: ModuleTeacher, cfg: float) -> tup
     row, starts, begun = task.row, task.home / task.world / "starts", time.monotonic()
     making = create_student(teacher, world.bank(), world.latents, depth=round(teacher.config.num_layers * row.share), method=row.method,
                             block_steps=row.block_steps, seed=task.seed, cfg=cfg, folder=starts)
-    handle = _last(making)
+    handle, _ = result_of(making)
     noted = starts / f"{handle.fingerprint}.json"
     if not noted.exists():
         write_json(noted, time.monotonic() - begun)
     return handle, read_json(noted)
-
-
-def _last(making: Generator[Any, None, Built]) -> StudentHandle:
-    while True:
-        try:
-            next(making)
-        except StopIteration as end:
-            return end.value[0]
 
 
 def fresh(task: Task, world: World) -> StudentHandle:

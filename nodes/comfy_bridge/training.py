@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ...wanlite_model.compress.handle import StudentHandle
-from ...wanlite_model.config import WanConfig
 from ...wanlite_model.distill.adapters import adapter_size
 from ...wanlite_model.distill.data import check_latents, latents_fingerprint
 from ...wanlite_model.distill.events import Eval, Event, Finished, Sample, Stage, Step

@@ -454,3 +454,15 @@ def test_training_begins_with_the_lora_that_was_given(tmp_path, rank, learning_r
     if rank:
         assert torch.equal(opened.loras[0].diffs["blocks.1.norm3.bias"].float(), torch.full((128,), 0.2).bfloat16().float())
     assert not torch.equal(healed["blocks.1.norm3.bias"].float(), setting.teacher.module.blocks[1].norm3.bias)
+
+
+def test_after_a_lora_the_next_run_is_still_compared_with_the_unguided_teacher(tmp_path):
+    """The student of the first run is the start of the second; what both are compared with is the same."""
+    setting = Setting(tmp_path, depth=6)
+    setting.student, _ = result_of(create_student(setting.teacher, None, SHAPE, folder=tmp_path / "starts"))
+    recipe = {"rank": 4, "learning_rate": 5e-3}
+    *_, first = setting.events(setting.job(steps=30, recipe=recipe), "first")
+    setting.student = first.handle
+    *_, second = setting.events(setting.job(steps=30, recipe=recipe), "second")
+    assert second.plain_cut == pytest.approx(first.plain_cut, rel=1e-4) and len(second.handle.loras) == 2
+    assert "teacher without guidance" in second.report and second.evaluations[-1][1] < second.plain_cut

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-OUTLIER = 6.0                   # standard deviations; WAN's few massive activations would otherwise be the whole loss
+from ..compress.blockwise import OUTLIER
 
 
 def velocity_loss(velocity: Tensor, target: Tensor, scale: Tensor) -> Tensor:

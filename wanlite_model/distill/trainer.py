@@ -24,7 +24,6 @@ from ..errors import WanLiteError
 from ..formats.lora import Lora
 from ..prompts import PromptBank
 from ..teacher import Cond, Teacher, fingerprint_tensors, pad_together
-from ..transformer import WanLiteStudent
 from . import objectives
 from .adapters import Adapters, fresh_factors
 from .checkpoint import RunFolder, TrainState
@@ -209,7 +208,8 @@ class Run:
         noted = self.files.noted("baseline")
         if noted is None:
             plain = start = yield from self._evaluate("evaluating the start")
-            if self._is_cut() and not self.start_from and self.handle.same_as != self.teacher.fingerprint:
+            untouched = self.handle.same_as == self.teacher.fingerprint and not self.handle.loras
+            if self._is_cut() and not self.start_from and not untouched:
                 plain = yield from self._plain_cut()
             noted = {"plain_cut": asdict(plain), "start": asdict(start)}
             self.files.note("baseline", noted)
