@@ -1,27 +1,14 @@
-"""A second world, of another shape and about other things: a bar grows, shrinks or rests at one side of the picture.
-
-Nothing was tuned on it. `python -m benchmarks.bars` trains its teacher (a WAN of 6 blocks and width 256; most of an hour on two idle CPU
-cores, an estimate) into output/benchmarks, from where it goes on when it was stopped; the full quality table does the same when it is not there.
-"""
+"""A second world, of another shape and about other things: a bar grows, shrinks or rests at one side of the picture. Nothing was tuned on it."""
 import itertools
-import logging
 import random
 from dataclasses import astuple, dataclass, fields
-from pathlib import Path
 
 import numpy as np
-import torch
-from safetensors.torch import save_file
 
-from demo import domain, train_teacher
+from demo import domain
 from demo.comfy_path import ROOT
-from demo.measure import VAE, measure_teacher
-from demo.vae import Vae
-from demo.workers import Workers
 from demo.world import World
 from wanlite_model.config import WanConfig
-
-WORK = ROOT / "output" / "benchmarks"
 
 SHAPES = {"wide": (18.0, 8.0), "tall": (8.0, 18.0)}                             # half width and half height, pixels
 COLOURS = {"scarlet": (0.92, 0.10, 0.10), "lemon": (0.92, 0.92, 0.10), "pink": (0.92, 0.10, 0.92), "aqua": (0.10, 0.92, 0.92)}
@@ -115,27 +102,5 @@ def _is_held_out(a: Attributes) -> bool:
 
 BARS = World(name="bars", prompts=tuple(_BY_PROMPT), held_out=tuple(a.prompt for a in _ALL if _is_held_out(a)), render=render,
              adherence=adherence, corrupted=corrupted, moving="change", config=WanConfig(dim=256, ffn_dim=512, num_layers=6),
-             teacher=WORK / "wan_bars_teacher.safetensors")
+             teacher=ROOT / "output" / "benchmarks" / "wan_bars_teacher.safetensors")
 
-
-def train(steps: int | None = None) -> Path:
-    """Trains the teacher where it is not there yet, with the recipe of the demo's own, and returns its file."""
-    if BARS.teacher.is_file():
-        return BARS.teacher
-    work = WORK / "bars"
-    work.mkdir(parents=True, exist_ok=True)
-    recipe = train_teacher.Recipe() if steps is None else train_teacher.Recipe(steps=steps)
-    vae, latents = Vae(VAE), work / "latents.safetensors"
-    with Workers() as workers:
-        if not latents.is_file():
-            train_teacher.encode_clips(BARS, recipe, vae.encode, latents, workers)
-        model = train_teacher.train(BARS, recipe, latents, work, workers,
-                                    lambda model: measure_teacher(model, vae, workers, steps=16, cfg=BARS.cfg, count=48, world=BARS))
-    save_file({name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}, BARS.teacher,
-              metadata={"format": "pt"})
-    return BARS.teacher
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    train()

@@ -56,12 +56,15 @@ def encode_clips(world: World, recipe: Recipe, encode: Callable[[torch.Tensor], 
 
 
 def train(world: World, recipe: Recipe, latents_path: Path, work: Path, workers: Workers,
-          evaluate: Callable[[WanLiteStudent], object]) -> WanLiteStudent:
-    """Trains, or goes on from `work`'s checkpoint, and returns the averaged model. Every 500 steps logs what `evaluate` says of it."""
+          evaluate: Callable[[WanLiteStudent], object], start: WanLiteStudent | None = None) -> WanLiteStudent:
+    """Trains, or goes on from `work`'s checkpoint, and returns the averaged model. Every 500 steps logs what `evaluate` says of it.
+
+    start: a trained WAN to begin with, else a fresh one.
+    """
     torch.manual_seed(recipe.seed)
     latents = load_file(latents_path)["latents"].float()                                # [N, C, T, H, W]
     captions = Captions(world, recipe)
-    model = fresh_teacher(world)
+    model = (fresh_teacher(world) if start is None else start).train()
     average = fresh_teacher(world).requires_grad_(False)
     average.load_state_dict(model.state_dict())
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name != "head.head.weight"]

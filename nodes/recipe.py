@@ -19,10 +19,12 @@ class WanLiteRecipe(io.ComfyNode):
             description="Expert settings for WanLite Distill, in place of its preset's. What is left at 'as the preset', at 0, or at -1 where 0 means "
                         "something, stays the preset's.",
             inputs=[
-                io.Combo.Input("objective", options=[AS_PRESET, "velocity", "velocity + features", "trajectory"], default=AS_PRESET,
+                io.Combo.Input("objective", options=[AS_PRESET, "velocity", "velocity + features", "trajectory", "distribution"], default=AS_PRESET,
                                tooltip="What the student is to match. 'velocity': the teacher's answer. 'velocity + features': also what its blocks "
                                        "hand on, fading out over the job; keeps the teacher in memory and asks it at every step. 'trajectory': the "
-                                       "teacher's path in a few steps of the student's own."),
+                                       "teacher's path in a few steps of the student's own. 'distribution': goes on from the LoRA of a few-step preset and "
+                                       "moves its clips to where the teacher finds them likely (DMD2), which sharpens; a hundred steps or two do, and it "
+                                       "can do too much: brightness, contrast, sharpness and motion are what is measured."),
                 io.Int.Input("rank", default=-1, min=-1, max=4096,
                              tooltip="Above 0: LoRA adapters of this rank are trained, the student's own weights stay. 0: all weights are trained, which "
                                      "takes several times the memory. -1: the preset's."),
@@ -30,10 +32,10 @@ class WanLiteRecipe(io.ComfyNode):
                                tooltip="A LoRA for the teacher that training begins with, for instance a speed LoRA that was made for another WAN: it is "
                                        "healed to this one. For a student of the teacher's own size."),
                 io.Int.Input("student_steps", default=0, min=0, max=100,
-                             tooltip="trajectory: steps that the student is made for. 0: the preset's. Not used when SIGMAS are connected."),
+                             tooltip="trajectory and distribution: steps that the student is made for. 0: the preset's. Not used when SIGMAS are connected."),
                 io.Float.Input("own_states", default=-1.0, min=-1.0, max=1.0, step=0.05,
-                               tooltip="trajectory: share of the training states that the student comes to by itself, from where it learns to return to "
-                                       "the teacher's path. -1: the preset's."),
+                               tooltip="Share of the training states that the student comes to by itself. trajectory: from there it learns to return to the "
+                                       "teacher's path. velocity: the teacher is asked there at every step, which takes time and memory. -1: the preset's."),
                 io.Float.Input("learning_rate", default=0.0, min=0.0, max=0.1, step=1e-7,
                                tooltip="Peak of AdamW's learning rate, reached after the warm-up; a cosine then lowers it to a tenth. 0: the preset's."),
                 io.Int.Input("batch_size", default=0, min=0, max=1024, tooltip="Training states a step. More is steadier and slower. 0: the preset's."),

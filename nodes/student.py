@@ -33,12 +33,18 @@ class WanLiteCreateStudent(io.ComfyNode):
                              tooltip="custom: FFN neurons in each block. 0 keeps the teacher's. Fewer save memory more than time."),
                 io.String.Input("keep_map", default="", placeholder="0-3,5,7-9",
                                 tooltip="custom: exactly these of the teacher's blocks, counted from 0, as numbers and ranges. Empty: chosen."),
-                io.Combo.Input("method", options=["greedy", "interleaved"], default="greedy",
+                io.Combo.Input("method", options=["greedy", "spaced", "influence", "interleaved"], default="greedy",
                                tooltip="How blocks are chosen: 'greedy' removes, one after another, the block that changes the teacher's answer "
-                                       "least (some minutes); 'interleaved' spreads them evenly (no time). Not used with a keep-map."),
+                                       "least (some minutes); 'spaced' does so too and takes neighbours of a removed block last; 'influence' removes "
+                                       "at once those that turn what they are fed the least (three passes over the states); 'interleaved' spreads "
+                                       "them evenly (no time). Where that comes out better, it is what is taken. Not used with a keep-map."),
                 io.Int.Input("block_steps", default=0, min=0, max=100_000,
                              tooltip="Steps for which each block after a removed one is trained by itself to do its work too, before any distillation: "
                                      "one block at a time is on the card. 150 makes a far better start and takes minutes. 0: not at all."),
+                io.Combo.Input("refit", options=["none", "mean", "least squares"], default="none",
+                               tooltip="Folds what the removed blocks added into the cross attention of the block after each gap, computed without "
+                                       "training: 'mean' moves its bias, 'least squares' its output layer too, which is worth it from a "
+                                       "dozen prompts on. block_steps does more, and goes on from there."),
                 io.Float.Input("cfg", default=5.0, min=1.0, max=100.0, step=0.1,
                                tooltip="Guidance scale of the teacher while it is watched; set it as in WanLite Distill."),
                 io.Int.Input("probe_seed", default=0, min=0, max=2**31 - 1,
@@ -60,7 +66,7 @@ class WanLiteCreateStudent(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, prompts: Any, latent: dict, preset: str, depth: int, ffn_dim: int, keep_map: str, method: str, block_steps: int,
-                cfg: float, probe_seed: int) -> io.NodeOutput:
+                refit: str, cfg: float, probe_seed: int) -> io.NodeOutput:
         from ..wanlite_model.compress.build import create_student
         from ..wanlite_model.compress.plan import parse_keep_map
         from .comfy_bridge.latents import shape_of
@@ -72,7 +78,7 @@ class WanLiteCreateStudent(io.ComfyNode):
         bar = Bar(cls.hidden.unique_id)
         student, report = drive(
             create_student(teacher, prompts, shape_of(latent, teacher.config.in_dim), keep=keep, method=method, block_steps=block_steps,
-                           seed=probe_seed, cfg=cfg,
+                           refit=refit, seed=probe_seed, cfg=cfg,
                            depth=max(1, round(layers * share)) if share else depth or None, ffn_dim=ffn_dim or None,
                            folder=folders.output_folder("starts")),
             lambda event: bar.show(event.stage, event.done, event.total))

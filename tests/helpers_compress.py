@@ -18,12 +18,13 @@ def result_of(steps):
 
 
 class CountingTeacher(ModuleTeacher):
-    """A teacher that knows how often it was asked."""
-    forwards = passes = 0
+    """A teacher that knows how often it was asked, and of how many states."""
+    forwards = states = passes = 0
 
-    def velocity(self, *args, **kwargs):
+    def velocity(self, x, *args, **kwargs):
         self.forwards += 1
-        return super().velocity(*args, **kwargs)
+        self.states += len(x)
+        return super().velocity(x, *args, **kwargs)
 
     def weights(self):
         self.passes += 1

@@ -1,7 +1,7 @@
 """How good the students are: `python -m benchmarks.quality [--quick | --full]` from the repository's root, one table.
 
 --quick: one seed, 64 videos a row, a taste of training. Default: one seed, 256 videos, baselines and presets. --full: three seeds, 1,024
-videos, ablations, and a second world that nothing was tuned on; overnight on a CPU, or on a GPU. --rows names some rows alone.
+videos, more training, ablations, a second world that nothing was tuned on, and the first one's teacher changed; on a GPU, or overnight. --rows names some rows alone.
 What was trained and measured stays in output/benchmarks/quality: the same command goes on where it was stopped.
 """
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import multiprocessing
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 
@@ -18,25 +19,34 @@ import torch
 from demo.comfy_path import ROOT
 
 from . import work
-from .rows import STEPS, ablations, chosen, rows
+from ..teachers import WORLDS
+from .rows import LONG, QUICK, SHORT, Budget, Row, ablations, chosen, moved, rows
 from .table import table
-from .task import Task
+from .task import FIRST, Task
 
 HOME = ROOT / "output" / "benchmarks" / "quality"
-QUICK = ("teacher", "teacher, 4 steps", "plain cut", "no-cfg", "slim", "few-step 4")
+QUICK_ROWS = ("teacher", "teacher, 4 steps", "plain cut", "no-cfg", "slim", "few-step 4")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
     """How much is measured."""
+    name: str
     videos: int
     seeds: int
-    training: int
+    budget: Budget
     worlds: tuple[str, ...] = ("balls",)
 
+    def rows(self, world: str) -> tuple[Row, ...]:
+        """All that there is of a world at this size."""
+        if world == "swapped":
+            return moved(self.budget)
+        return (*rows(self.budget), *(ablations() if self.name == "full" else ()))
 
-QUICK_SIZE, DEFAULT_SIZE = Size(videos=64, seeds=1, training=120), Size(videos=256, seeds=1, training=STEPS)
-FULL_SIZE = Size(videos=1024, seeds=3, training=STEPS, worlds=("balls", "bars"))
+
+QUICK_SIZE = Size(name="quick", videos=64, seeds=1, budget=QUICK)
+DEFAULT_SIZE = Size(name="default", videos=256, seeds=1, budget=SHORT)
+FULL_SIZE = Size(name="full", videos=1024, seeds=3, budget=LONG, worlds=tuple(WORLDS))
 
 
 def main() -> None:
@@ -52,13 +62,13 @@ def main() -> None:
     of = QUICK_SIZE if given.quick else FULL_SIZE if given.full else DEFAULT_SIZE
     of = replace(of, **{name: tuple(value) if isinstance(value, list) else value
                         for name in ("seeds", "worlds") if (value := getattr(given, name)) is not None})
-    everything = (*rows(of.training), *ablations(of.training))
-    names = given.rows or (QUICK if given.quick else [row.name for row in (everything if given.full else rows(of.training))])
+    known = {row.name for world in of.worlds for row in of.rows(world)}
+    if unknown := set(given.rows or ()) - known:
+        parser.error(f"there is no row {', '.join(sorted(unknown))}; there are: {', '.join(sorted(known))}")
     begun = time.monotonic()
-    home = HOME / ("quick" if given.quick else "whole")
-    tasks = [Task(row=row, world=world, seed=seed, videos=of.videos, home=home) for world in of.worlds for seed in range(of.seeds)
-             for row in chosen(names, everything) if seed == 0 or row.recipe is not None]
-    measure(tasks, given.device)
+    tasks = [Task(row=row, world=world, seed=seed, videos=of.videos, home=HOME / of.name) for seed in range(of.seeds) for world in of.worlds
+             for row in wanted(of, world, given.rows or (QUICK_ROWS if given.quick else None)) if seed == 0 or row.recipe is not None]
+    measure([*tasks, *sources(tasks, of)], given.device)
     for world in of.worlds:
         mine = [task for task in tasks if task.world == world]
         print(f"\n{world}, {of.seeds} seed{'s' * (of.seeds > 1)}, {of.videos} videos a row and seed, {given.device}\n")
@@ -66,20 +76,37 @@ def main() -> None:
     print(f"\n{(time.monotonic() - begun) / 60:.1f} minutes")
 
 
+def wanted(of: Size, world: str, names: Sequence[str] | None) -> tuple[Row, ...]:
+    """The world's rows of these names with what they need, or all of them."""
+    everything = of.rows(world)
+    return everything if names is None else chosen([name for name in names if name in {row.name for row in everything}], everything)
+
+
+def sources(tasks: Sequence[Task], of: Size) -> list[Task]:
+    """What must be trained in the first world for rows of another one that begin with its LoRA."""
+    table = {row.name: row for row in of.rows(FIRST)}
+    needed = {replace(task, world=FIRST, row=table[task.row.lora_of]) for task in tasks if task.row.lora_of}
+    return sorted(needed - set(tasks), key=lambda task: task.seed)
+
+
 def measure(tasks: list[Task], device: str) -> None:
     """Runs what has no result yet, as many at a time as there are cores (one on a GPU), each after what it needs; then times all in turn."""
-    work.prepare(tasks, device)
     todo = [task for task in tasks if task.result() is None]
-    workers = max(1, min(len(todo), os.cpu_count() or 1)) if device == "cpu" else 1
+    workers = (os.cpu_count() or 1) if device == "cpu" else 1
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        work.prepare(tasks, device, pool)
         running: dict[Future, Task] = {}
+        filled = {None, *(task.cache for task in tasks if task not in todo)}
         while todo or running:
             waiting = {task.folder for task in (*todo, *running.values())}
-            for task in [task for task in todo if not any(task.folder_of(name) in waiting for name in task.row.needs)]:
-                todo.remove(task)
-                running[pool.submit(work.settle, task, device)] = task
+            for task in list(todo):
+                filling = {other.cache for other in running.values()} - filled
+                if len(running) < workers and not waiting & set(task.needs) and task.cache not in filling:     # nobody asks for what another asks for now
+                    todo.remove(task)
+                    running[pool.submit(work.settle, task, device)] = task
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 task, scores = running.pop(done), done.result()
+                filled.add(task.cache)
                 print(f"{time.strftime('%H:%M:%S')} {task.world} {task.seed} {task.row.name}: {scores['right']} of {scores['videos']} right, "
                       f"error {scores['error']:.4f}, {scores['train seconds']:.0f} s of training", flush=True)
     work.time_all(tasks)

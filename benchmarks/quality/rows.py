@@ -10,78 +10,140 @@ from wanlite_model.distill.job import Recipe
 from wanlite_model.distill.presets import PRESETS
 
 Kind = Literal["teacher", "baseline", "preset", "ablation"]
-SLIM = 2 / 3                    # of the blocks
-# What a tiny WAN needs in place of the presets' values for real ones, the same for every row and both worlds.
+SLIM, NARROW = 2 / 3, 5 / 8     # of the blocks, of the FFN
+# What a tiny WAN needs in place of the presets' values for real ones, the same for every row and every world.
 TINY = {"learning_rate": 2e-3, "batch_size": 16, "evaluations": 4}
+TINY_HEALED = {**TINY, "learning_rate": 1e-3}       # blocks that were trained by themselves are hurt by more
 TINY_LORA = {**TINY, "learning_rate": 4e-3}
+TINY_SHARPENED = {"learning_rate": 1e-3, "batch_size": 16, "evaluations": 5, "ema_decay": 0.98}
 TEACHER_STEPS, PATH_STEPS = 30, 6        # of the teacher as it is sampled, and of the paths that velocities are learned on
-STEPS, BLOCK_STEPS = 800, 150
+BLOCK_STEPS = 150
+BASELINE_MORE = 1.15            # steps of the plain baseline to one of slim's, whose start takes time as well
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """Optimizer steps: to heal a cut, to fold guidance into all of the blocks, to learn few steps."""
+    heal: int
+    fold: int
+    few: int
+
+
+QUICK, SHORT, LONG = Budget(heal=120, fold=60, few=60), Budget(heal=800, fold=400, few=400), Budget(heal=2400, fold=1600, few=400)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One line. steps, cfg: how it is sampled. share: of the teacher's blocks. recipe: None is not trained at all; training: optimizer steps.
+    """One line. steps, cfg: how it is sampled. share, ffn: of the teacher's blocks and FFN. recipe: None is not trained at all; training: optimizer steps.
 
+    method: of choosing blocks; "plain" is the plain cut. block_steps: of each block's own training before. refit: of what follows a gap.
     after: the row whose student this one starts from. of: the row whose student is the teacher of this one (at its steps, without cfg).
-    block_steps: of each block's own training before. scratch: starts from random weights. frames: latent frames, None for the world's own.
+    lora_of: the row of the first world whose LoRA lies over the start. scratch: starts from random weights. frames: latent frames, None
+    for the world's own.
     """
     name: str
     kind: Kind
     steps: int
     cfg: float | None = 1.0             # None: the world's
     share: float = 1.0
-    method: Method = "greedy"
+    ffn: float = 1.0
+    method: Method | Literal["plain"] = "greedy"
+    refit: str = "none"
     block_steps: int = 0
     recipe: Recipe | None = None
     training: int = 0
     after: str = ""
     of: str = ""
+    lora_of: str = ""
     scratch: bool = False
     frames: int | None = None
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Rows that must have been trained before."""
+        """Rows of the same world that must have been trained before."""
         return tuple(name for name in (self.after, self.of) if name)
 
 
-def preset(name: str, **changes: object) -> Recipe:
-    """A preset's recipe at this size."""
-    recipe = replace(PRESETS[name].recipe, **{key: value for key, value in changes.items() if key == "rank"})
-    return replace(recipe, **{**(TINY_LORA if recipe.rank else TINY), **changes})
+def trained(name: str, base: str, training: int, *, kind: Kind = "preset", **settings: object) -> Row:
+    """A row of a preset at this size. settings: of the row, and of its recipe."""
+    changes = {key: settings.pop(key) for key in tuple(settings) if key in Recipe.__dataclass_fields__}
+    recipe = replace(PRESETS[base].recipe, **changes)
+    sized = TINY_LORA if recipe.rank else TINY_HEALED if settings.get("block_steps") else TINY
+    recipe = replace(recipe, **{**sized, **changes})
+    if not recipe.objective.startswith("velocity"):
+        return Row(name=name, kind=kind, recipe=recipe, **{"training": training, "steps": recipe.student_steps, **settings})
+    recipe = replace(recipe, teacher_steps=PATH_STEPS)          # one cache for all of them
+    return Row(name=name, kind=kind, recipe=recipe, **{"training": training, "steps": PATH_STEPS, **settings})
 
 
-def rows(training: int = STEPS) -> tuple[Row, ...]:
-    """Every row, in the order of the table."""
-    def trained(name: str, base: str, *, kind: Kind = "preset", **settings: object) -> Row:
-        changes = {key: settings.pop(key) for key in tuple(settings) if key in Recipe.__dataclass_fields__}
-        recipe = preset(base, **changes)
-        if recipe.objective != "trajectory":
-            recipe = replace(recipe, teacher_steps=PATH_STEPS)        # one cache for all of them
-        steps = recipe.student_steps if recipe.objective == "trajectory" else recipe.teacher_steps
-        return Row(name=name, kind=kind, recipe=recipe, **{"training": training, "steps": steps, **settings})
+def slim(name: str, training: int, **settings: object) -> Row:
+    return trained(name, "slim", training, **{"share": SLIM, "block_steps": BLOCK_STEPS, **settings})
 
+
+def rows(budget: Budget = SHORT) -> tuple[Row, ...]:
+    """Teacher, baselines and presets, in the order of the table."""
+    heal, fold, few = budget.heal, budget.fold, budget.few
     return (
         Row(name="teacher", kind="teacher", steps=TEACHER_STEPS, cfg=None),
         *(Row(name=f"teacher, {steps} steps{'' if cfg is None else ', no cfg'}", kind="baseline", steps=steps, cfg=cfg)
           for steps in (8, 4) for cfg in (None, 1.0)),
-        Row(name="plain cut", kind="baseline", steps=PATH_STEPS, share=SLIM, method="interleaved"),
-        trained("from scratch", "slim", kind="baseline", share=SLIM, scratch=True),
-        trained("plain baseline", "slim", kind="baseline", share=SLIM, method="interleaved", objective="velocity"),
-        trained("no-cfg", "no-cfg", steps=TEACHER_STEPS, training=training // 2),
-        trained("slim", "slim", share=SLIM, block_steps=BLOCK_STEPS),
-        trained("few-step 8", "few-step 8", training=training // 2),
-        trained("few-step 4", "few-step 4", training=training // 2),
-        trained("slim + few-step 4", "few-step 4", rank=0, after="slim", share=SLIM, training=training // 2, learning_rate=1e-3),
-        Row(name="teacher, one frame", kind="baseline", steps=TEACHER_STEPS, cfg=None, frames=1),
-        trained("image", "image", share=SLIM, block_steps=BLOCK_STEPS, frames=1),
-        trained("slim of few-step 4", "slim", share=SLIM, block_steps=BLOCK_STEPS, of="few-step 4"),
+        Row(name="plain cut", kind="baseline", steps=PATH_STEPS, share=SLIM, method="plain"),
+        slim("from scratch", heal, kind="baseline", scratch=True, block_steps=0),
+        slim("plain baseline", round(BASELINE_MORE * heal), kind="baseline", method="interleaved", block_steps=0),
+        trained("no-cfg", "no-cfg", fold, steps=TEACHER_STEPS),
+        slim("slim", heal),
+        trained("few-step 8", "few-step 8", few),
+        trained("few-step 4", "few-step 4", few),
+        trained("slim + few-step 4", "few-step 4", few, rank=0, after="slim", share=SLIM, learning_rate=1e-3),
+        Row(name="teacher, one frame", kind="teacher", steps=TEACHER_STEPS, cfg=None, frames=1),
+        trained("image", "image", heal, share=SLIM, block_steps=BLOCK_STEPS, frames=1),
+        slim("slim of few-step 4", heal, of="few-step 4"),
     )
 
 
-def ablations(training: int = STEPS) -> tuple[Row, ...]:
-    """Each part of a preset left out, or put in, by itself."""
-    return ()
+def ablations() -> tuple[Row, ...]:
+    """Each part left out, or put in, by itself: untrained starts, and students that were trained for a short while."""
+    heal, fold, few = SHORT.heal, SHORT.fold, SHORT.few
+    start = {"kind": "ablation", "steps": PATH_STEPS}
+
+    def cut(name: str, **settings: object) -> Row:
+        return Row(name=name, **start, **{"share": SLIM, **settings})
+
+    def healed(name: str, **settings: object) -> Row:
+        return slim(f"slim, short{name}", heal, kind="ablation", **settings)
+
+    def folded(name: str, **settings: object) -> Row:
+        return trained(f"no-cfg, short{name}", "no-cfg", fold, kind="ablation", **settings)
+
+    def stepped(name: str, steps: int = 4, **settings: object) -> Row:
+        return trained(f"few-step {steps}{name}", "few-step 4", **{"training": few, "kind": "ablation", "student_steps": steps, **settings})
+
+    return (
+        cut("cut: greedy"), cut("cut: influence", method="influence"), cut("cut: spaced", method="spaced"),
+        cut("cut: interleaved", method="interleaved"),
+        cut("cut: greedy, mean folded", refit="mean"), cut("cut: greedy, least squares", refit="least squares"),
+        cut("cut: greedy, block-wise", block_steps=BLOCK_STEPS),
+        cut("narrow: first neurons", share=1.0, ffn=NARROW, method="plain"), cut("narrow: chosen and refitted", share=1.0, ffn=NARROW),
+        healed(""), healed(", not block-wise", block_steps=0), healed(", interleaved", method="interleaved"),
+        healed(", spaced", method="spaced"), healed(", least squares, not block-wise", refit="least squares", block_steps=0),
+        healed(", with features", objective="velocity + features"), healed(", own states", own_states=0.25),
+        healed(", path alone", renoised=0.0), healed(", no full range", full_range=0.0), healed(", LoRA", rank=64),
+        folded(""), folded(", all weights", rank=0), folded(", own states", own_states=0.25), folded(", path alone", renoised=0.0),
+        stepped(", no own states", own_states=0.0), stepped(", all weights", rank=0), stepped(", the teacher's own 4 steps", teacher_steps=4),
+        stepped("", steps=16, teacher_steps=16),
+        stepped(" + distribution", objective="distribution", after="few-step 4", training=100, **TINY_SHARPENED),
+    )
+
+
+def moved(budget: Budget = SHORT) -> tuple[Row, ...]:
+    """A speed LoRA over another teacher than the one that it was made for: as it is, and healed."""
+    over = {"lora_of": "few-step 4", "kind": "preset"}
+    return (
+        Row(name="teacher", kind="teacher", steps=TEACHER_STEPS, cfg=None),
+        Row(name="few-step 4 LoRA of another WAN", steps=4, **over),
+        trained("the same, healed", "few-step 4", budget.few // 4, **over),
+        trained("few-step 4, from nothing", "few-step 4", budget.few // 4),
+    )
 
 
 def chosen(names: Iterable[str], everything: Iterable[Row]) -> tuple[Row, ...]:

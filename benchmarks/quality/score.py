@@ -17,11 +17,15 @@ from demo.vae import Vae
 from demo.world import World
 from wanlite_model import flow
 from wanlite_model.distill.evaluate import BUCKETS
+from wanlite_model.files import replace_file
 from wanlite_model.transformer import WanLiteStudent
+
+from .rows import TEACHER_STEPS
 
 AT_ONCE = 16
 STATE_PAIRS, STATE_STEPS, STATES_FROM = 32, 16, 5000            # held-out paths, their steps, and the number of the first pair
 RENOISED = 8
+PART, STATES, VARIED = 64, "states.safetensors", "varied.npz"       # videos in a part of a reference, and its other files
 VARIED_PROMPTS, VARIED_SEEDS, VARIED_FROM = 8, 4, 9000          # for the diversity between seeds
 SHAPES = {"4x frames": (4, 1, 1), "wide": (1, 0.5, 2), "tall": (1, 1.5, 0.5)}      # of frames, rows and columns
 
@@ -43,7 +47,7 @@ def decoded(vae: Vae, latents: Tensor) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Reference:
-    """What the teacher does, made once: its clips and latents on the pairs, and its answers on states that nobody trains on."""
+    """What the teacher does, made once: its clips on the pairs, and its answers on states that nobody trains on."""
     world: World
     pairs: list[tuple[str, Tensor]]
     clips: np.ndarray
@@ -51,26 +55,35 @@ class Reference:
     states: Mapping[str, Mapping[str, Tensor]]      # {shape name: {x, sigma, v_pos, v_w, prompt}}
 
     @classmethod
-    def of(cls, world: World, teacher: WanLiteStudent, vae: Vae, count: int, place: Path, steps: int = 30, cfg: float | None = None) -> Reference:
-        """Reads it from `place`, or makes it there."""
-        cfg = world.cfg if cfg is None else cfg
-        pairs = world.pairs(count)
-        place.mkdir(parents=True, exist_ok=True)
-        clips_at, states_at = place / f"clips-{count}-{steps}.npz", place / "states.safetensors"
-        if not clips_at.is_file():
-            clips = decoded(vae, sampled(teacher, world, pairs, steps, cfg))
-            varied = decoded(vae, sampled(teacher, world, varied_pairs(world), steps, cfg))
-            np.savez(clips_at.with_suffix(".part.npz"), clips=clips, varied=varied)
-            clips_at.with_suffix(".part.npz").replace(clips_at)
-        if not states_at.is_file():
-            found = {f"{name}/{key}": value for name, shape in shapes_of(world).items()
-                     for key, value in teacher_states(teacher, world, shape, cfg, STATE_PAIRS if name == "own" else 8).items()}
-            save_file(found, states_at)
-        stored, states = np.load(clips_at), {}
-        for key, value in load_file(states_at).items():
+    def of(cls, world: World, count: int, place: Path) -> Reference:
+        """From the parts that make_part left in `place`."""
+        clips = [np.load(place / part)["clips"] for part in parts(world, count)[2:]]
+        states: dict[str, dict[str, Tensor]] = {}
+        for key, value in load_file(place / STATES).items():
             name, _, leaf = key.partition("/")
             states.setdefault(name, {})[leaf] = value
-        return cls(world=world, pairs=pairs, clips=stored["clips"], varied=stored["varied"], states=states)
+        return cls(world=world, pairs=world.pairs(count), clips=np.concatenate(clips)[:count], varied=np.load(place / VARIED)["clips"], states=states)
+
+
+def parts(world: World, count: int) -> list[str]:
+    """The files that a reference of so many pairs is read from; each can be made by itself."""
+    return [STATES, VARIED, *(f"clips-{start}.npz" for start in range(0, count, PART))]
+
+
+def make_part(teacher: WanLiteStudent, vae: Vae, world: World, place: Path, part: str) -> None:
+    """Writes one of them, whole or not at all."""
+    place.mkdir(parents=True, exist_ok=True)
+    if part == STATES:
+        found = {f"{name}/{key}": value for name, shape in shapes_of(world).items()
+                 for key, value in teacher_states(teacher, world, shape, world.cfg, STATE_PAIRS if name == "own" else 8).items()}
+        return replace_file(place / part, lambda path: save_file(found, path))
+    pairs = varied_pairs(world) if part == VARIED else world.pairs(PART, first=int(part.removeprefix("clips-").removesuffix(".npz")))
+    clips = decoded(vae, sampled(teacher, world, pairs, TEACHER_STEPS, world.cfg))
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez(file, clips=clips)
+    replace_file(place / part, write)
 
 
 def shapes_of(world: World) -> dict[str, tuple[int, int, int, int]]:
@@ -154,11 +167,15 @@ def velocity_scores(model: WanLiteStudent, reference: Reference, cfg: float) -> 
     return found
 
 
-def clip_scores(model: WanLiteStudent, reference: Reference, vae: Vae, steps: int, cfg: float) -> dict[str, float]:
+def drawn(model: WanLiteStudent, reference: Reference, vae: Vae, steps: int, cfg: float) -> tuple[np.ndarray, np.ndarray]:
+    """The model's clips on the pairs, and of some prompts from several noises."""
+    world = reference.world
+    return tuple(decoded(vae, sampled(model, world, pairs, steps, cfg)) for pairs in (reference.pairs, varied_pairs(world)))
+
+
+def clip_scores(reference: Reference, clips: np.ndarray, varied: np.ndarray) -> dict[str, float]:
     """Adherence (a count), PSNR in dB, and ratios to the teacher's clips of sharpness, motion, saturation and diversity between seeds."""
     world = reference.world
-    clips = decoded(vae, sampled(model, world, reference.pairs, steps, cfg))
-    varied = decoded(vae, sampled(model, world, varied_pairs(world), steps, cfg))
     return {"right": sum(right(world, clip, prompt) for clip, (prompt, _) in zip(clips, reference.pairs)), "videos": len(clips),
             **compared(clips, reference.clips), "diversity": spread(varied) / spread(reference.varied)}
 

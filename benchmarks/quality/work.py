@@ -4,14 +4,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from demo import words
 from demo.comfy_path import open_comfyui
-from demo.vae import Vae
 from demo.world import BALLS, World
+from wanlite_model.config import WanConfig
 from wanlite_model.compress.apply import plain_cut
 from wanlite_model.compress.build import create_student
 from wanlite_model.compress.handle import StudentHandle
@@ -19,56 +21,73 @@ from wanlite_model.distill.checkpoint import RunFolder
 from wanlite_model.distill.events import Finished
 from wanlite_model.distill.finish import finished_from_disk
 from wanlite_model.distill.job import DistillJob
-from wanlite_model.distill.trainer import run
+from wanlite_model.distill.trainer import lora_fingerprint, run
 from wanlite_model.files import read_json, write_json
+from wanlite_model.formats.lora import read_lora
 from wanlite_model.formats.write import MODEL_FILE, write_student
 from wanlite_model.teacher import ModuleTeacher
 from wanlite_model.transformer import WanLiteStudent
 
-from .. import bars, result_of
+from .. import result_of
+from ..teachers import WORLDS
+from ..teachers import train as train_teacher
 from .rows import Row
-from .score import Reference, clip_scores, open_vae, velocity_scores
+from .score import Reference, clip_scores, drawn, make_part, open_vae, parts, velocity_scores
 from .task import Task
 
-WORLDS = {"balls": BALLS, "bars": bars.BARS}
 ROUNDS = 3              # timed videos of each row
 
 
-def prepare(tasks: Sequence[Task], device: str) -> None:
+def prepare(tasks: Sequence[Task], device: str, pool: Executor) -> None:
     """Sees to it that each world's teacher is there, and what the rows are compared with."""
-    if any(task.world == "bars" for task in tasks):
-        bars.train()
-    for task in {(task.world, task.row.frames): task for task in tasks}.values():
-        world = world_of(task)
-        reference_of(task, world, teacher_of(world, device), open_vae())
+    for world in {task.world for task in tasks} - {BALLS.name}:
+        train_teacher(WORLDS[world])
+    missing = [pool.submit(refer, task, part, device) for task in {(task.world, task.row.frames): task for task in tasks}.values()
+               for part in parts(world_of(task), task.videos) if not (reference_folder(task) / part).exists()]
+    for done in missing:
+        done.result()
+
+
+def refer(task: Task, part: str, device: str) -> None:
+    """Makes a part of what the task's rows are compared with."""
+    alone(device)
+    world = world_of(task)
+    make_part(teacher_of(world, device), open_vae(), world, reference_folder(task), part)
+
+
+def alone(device: str) -> None:
+    """One thread: the other cores have work of their own."""
+    if device == "cpu":
+        torch.set_num_threads(1)
 
 
 def teacher_of(world: World, device: str) -> WanLiteStudent:
     return WanLiteStudent.from_pretrained(world.teacher, torch_dtype=torch.float32, device=device)
 
 
-def reference_of(task: Task, world: World, teacher: WanLiteStudent, vae: Vae) -> Reference:
-    return Reference.of(world, teacher, vae, task.videos, task.home / task.world / f"reference-{world.latents[1]}")
+def reference_folder(task: Task) -> Path:
+    return task.home / task.world / f"reference-{world_of(task).latents[1]}"
 
 
 def settle(task: Task, device: str) -> dict:
     """Trains what is to be trained, measures it, and keeps the scores in the task's folder."""
-    if device == "cpu":
-        torch.set_num_threads(1)        # the other cores have tasks of their own
+    alone(device)
     world, row = world_of(task), task.row
-    module, vae = teacher_of(world, device), open_vae()
-    reference = reference_of(task, world, module, vae)
+    module, vae, reference = teacher_of(world, device), open_vae(), Reference.of(world, task.videos, reference_folder(task))
     student, trained = module, {"iterations": 0, "train seconds": 0.0}
     if row.recipe is not None:
         end, starting = train(task, world, ModuleTeacher(module, shift=world.shift), device)
         student = end.handle.load(torch.float32, device)
         stepping = sum(step["seconds"] for step in RunFolder(task.folder / "run").rows("step"))
         trained = {"iterations": len(end.losses), "train seconds": stepping, "start seconds": starting}
-    elif row.share < 1:
-        student = cut(module, row, world)
+    elif row.method == "plain":
+        student = plain(module, row)
+    elif row.share < 1 or row.ffn < 1 or row.lora_of:
+        start, starting = started(task, world, ModuleTeacher(module, shift=world.shift), world.cfg)
+        student, trained["start seconds"] = start.load(torch.float32, device), starting
     cfg = world.cfg if row.cfg is None else row.cfg
-    scores = {**velocity_scores(student, reference, cfg), **clip_scores(student, reference, vae, row.steps, cfg), **trained,
-              "parameters": student.num_parameters(), "evaluations": row.steps * (1 if cfg == 1 else 2)}
+    clips = (reference.clips, reference.varied) if row.kind == "teacher" else drawn(student, reference, vae, row.steps, cfg)
+    scores = {**velocity_scores(student, reference, cfg), **clip_scores(reference, *clips), **trained, "parameters": student.num_parameters(), "evaluations": row.steps * (1 if cfg == 1 else 2)}
     write_student(task.folder / "student", config=student.wan, tensors=student.state_dict().items(), dtype=torch.bfloat16, overwrite=True)
     write_json(task.folder / "scores.json", {"key": task.key, "scores": scores})
     return scores
@@ -80,11 +99,15 @@ def world_of(task: Task) -> World:
     return replace(world, latents=(channels, task.row.frames or frames, *size))
 
 
-def cut(teacher: WanLiteStudent, row: Row, world: World) -> WanLiteStudent:
+def resized(config: WanConfig, row: Row) -> WanConfig:
+    return config.resized(num_layers=round(config.num_layers * row.share), ffn_dim=round(config.ffn_dim * row.ffn))
+
+
+def plain(teacher: WanLiteStudent, row: Row) -> WanLiteStudent:
     """The plain cut, untrained."""
-    config = teacher.wan.resized(num_layers=round(teacher.wan.num_layers * row.share), ffn_dim=teacher.wan.ffn_dim)
+    config = resized(teacher.wan, row)
     student = WanLiteStudent.from_wan(config)
-    student.load_state_dict(dict(plain_cut(ModuleTeacher(teacher, shift=world.shift), config)))
+    student.load_state_dict(dict(plain_cut(ModuleTeacher(teacher, shift=1.0), config)))
     return student.to(next(teacher.parameters()).device).eval()
 
 
@@ -95,15 +118,21 @@ def train(task: Task, world: World, teacher: ModuleTeacher, device: str) -> tupl
     if row.of:
         module = handle_of(task, row.of).load(torch.float32, device)
         teacher, cfg, recipe = ModuleTeacher(module, shift=world.shift), 1.0, replace(recipe, teacher_steps=4)
-    seconds = 0.0
-    if row.after or row.scratch:
-        start = handle_of(task, row.after) if row.after else fresh(task, world)
-    else:
-        start, seconds = created(task, world, teacher, cfg)
+    start, seconds = started(replace(task, row=replace(row, lora_of="")), world, teacher, cfg)
+    lora = read_lora(RunFolder(task.source / "run").lora, start.config) if row.lora_of else None
     job = DistillJob(student=start.fingerprint, teacher=teacher.fingerprint, prompts=bank.fingerprint, shape=world.latents, shift=world.shift,
-                     cfg=cfg, steps=row.training, train_seed=task.seed, recipe=recipe)
-    *_, end = run(job, task.folder / "run", task.home / task.world / "cache", teacher, start, bank)
+                     cfg=cfg, steps=row.training, train_seed=task.seed, recipe=recipe, start_from="" if lora is None else lora_fingerprint(lora))
+    *_, end = run(job, task.folder / "run", task.home / task.world / "cache", teacher, start, bank, start_from=lora)
     return end, seconds
+
+
+def started(task: Task, world: World, teacher: ModuleTeacher, cfg: float) -> tuple[StudentHandle, float]:
+    """What the row begins with, and the seconds that making it took."""
+    row = task.row
+    if row.after or row.scratch:
+        return handle_of(task, row.after) if row.after else fresh(task, world), 0.0
+    start, seconds = created(task, world, teacher, cfg)
+    return replace(start, loras=(str(RunFolder(task.source / "run").lora),)) if row.lora_of else start, seconds
 
 
 def handle_of(task: Task, name: str) -> StudentHandle:
@@ -113,8 +142,9 @@ def handle_of(task: Task, name: str) -> StudentHandle:
 def created(task: Task, world: World, teacher: ModuleTeacher, cfg: float) -> tuple[StudentHandle, float]:
     """The start, and the seconds that making it took when it was made."""
     row, starts, begun = task.row, task.home / task.world / "starts", time.monotonic()
-    making = create_student(teacher, world.bank(), world.latents, depth=round(teacher.config.num_layers * row.share), method=row.method,
-                            block_steps=row.block_steps, seed=task.seed, cfg=cfg, folder=starts)
+    size = resized(teacher.config, row)
+    making = create_student(teacher, world.bank(), world.latents, depth=size.num_layers, ffn_dim=size.ffn_dim, method=row.method,
+                            refit=row.refit, block_steps=row.block_steps, seed=task.seed, cfg=cfg, folder=starts)
     handle, _ = result_of(making)
     noted = starts / f"{handle.fingerprint}.json"
     if not noted.exists():
@@ -125,10 +155,9 @@ def created(task: Task, world: World, teacher: ModuleTeacher, cfg: float) -> tup
 def fresh(task: Task, world: World) -> StudentHandle:
     """Random weights of the row's size."""
     torch.manual_seed(task.seed)
-    config = world.config.resized(num_layers=round(world.config.num_layers * task.row.share), ffn_dim=world.config.ffn_dim)
     place = task.folder / "scratch"
     if not place.exists():
-        WanLiteStudent.from_wan(config).save_pretrained(place)
+        WanLiteStudent.from_wan(resized(world.config, task.row)).save_pretrained(place)
     return StudentHandle.of(place)
 
 

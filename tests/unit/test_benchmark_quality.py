@@ -9,15 +9,17 @@ import torch
 
 from benchmarks.bars import BARS, adherence, read
 from benchmarks.quality import score
-from benchmarks.quality.rows import ablations, chosen, rows
+from benchmarks.quality.rows import ablations, chosen, moved, rows
 from benchmarks.quality.table import table
 from benchmarks.quality.task import Task
+from benchmarks.swapped import SWAPPED, swapped
 from demo.world import BALLS
 from wanlite_model.distill.presets import PRESETS
 
 
 def test_every_row_has_a_name_of_its_own_and_finds_what_it_needs():
     everything = (*rows(), *ablations())
+    assert {row.lora_of for row in moved()} - {""} <= {row.name for row in rows()}
     names = [row.name for row in everything]
     assert len(set(names)) == len(names)
     assert all(set(row.needs) <= set(names[:i]) for i, row in enumerate(everything))
@@ -68,6 +70,26 @@ def test_the_states_of_the_table_are_the_teachers_and_reach_low_noise():
         guided, plain = (score.velocity_scores(teacher, reference, cfg) for cfg in (3.0, 1.0))
     assert guided["error"] < 1e-10 and guided["closure"] == pytest.approx(1.0)
     assert plain["error"] > 1e-6 and plain["closure"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_changed_world_shows_the_other_of_each_pair():
+    prompt = SWAPPED.prompts[0]
+    assert swapped(swapped(prompt)) == prompt and all(swapped(p) in BALLS.prompts for p in SWAPPED.prompts)
+    turned = next(p for p in SWAPPED.prompts if "left" in p.split() and "red" in p.split())
+    clip = SWAPPED.render(turned, 3)
+    assert all(SWAPPED.adherence(clip, turned).values()) and not any(BALLS.adherence(clip, turned)[name] for name in ("motion", "colour"))
+    assert set(SWAPPED.held_out) & set(SWAPPED.training) == set() and len(SWAPPED.held_out) == len(BALLS.held_out)
+    assert not set(map(swapped, SWAPPED.held_out)) - set(BALLS.held_out)        # its clips are those that the first teacher never saw either
+
+
+def test_tasks_wait_for_what_they_need_and_nobody_asks_twice(tmp_path):
+    table = {row.name: row for row in (*rows(), *ablations(), *moved())}
+    task = Task(row=table["slim + few-step 4"], world="balls", seed=1, videos=8, home=tmp_path)
+    assert task.needs == [tmp_path / "balls" / "slim-1"]
+    healed = Task(row=table["the same, healed"], world="swapped", seed=1, videos=8, home=tmp_path)
+    assert healed.needs == [tmp_path / "balls" / "few-step-4-1"]
+    of = {name: dataclasses.replace(task, row=table[name]).cache for name in ("teacher", "slim", "no-cfg", "few-step 8", "few-step 4", "slim of few-step 4")}
+    assert of["teacher"] is None and of["slim"] == of["no-cfg"] and len(set(of.values())) == 5
 
 
 def test_bars_are_read_back_and_held_out_prompts_stay_out():

@@ -8,6 +8,7 @@ from helpers_tiny import random_bank
 
 from wanlite_model.compress import build
 from wanlite_model.compress.build import create_student
+from wanlite_model.compress.depth import DepthChoice
 from wanlite_model.compress.handle import StudentHandle
 from wanlite_model.compress.plan import CompressionPlan
 from wanlite_model.errors import WanLiteError
@@ -20,6 +21,11 @@ def tiny(**fields):
 
 def create(folder, teacher=None, bank=None, shape=SHAPE, **request):
     return create_student(teacher or tiny(), bank or random_bank(), shape, folder=folder, **{"depth": 3, "cfg": 3.0, **request})
+
+
+@pytest.fixture
+def few_states(monkeypatch):
+    monkeypatch.setattr(build, "MOST_HEALING", 32)
 
 
 def files(folder):
@@ -41,9 +47,10 @@ def test_a_start_is_written_whole_and_says_what_it_is(tmp_path):
     assert handle.card.shift == teacher.shift and handle.card.keep == handle.plan.keep
 
 
-def test_pruning_nothing_writes_the_teacher_bit_for_bit_without_a_forward(tmp_path):
+@pytest.mark.parametrize("healing", [{}, {"refit": "least squares", "block_steps": 5}])
+def test_pruning_nothing_writes_the_teacher_bit_for_bit_without_a_forward(tmp_path, healing):
     teacher = tiny(depth=3, dtype=torch.bfloat16)
-    handle, report = result_of(create(tmp_path, teacher, depth=None))
+    handle, report = result_of(create(tmp_path, teacher, depth=None, **healing))
     with handle.open() as source:
         written = dict(source.tensors())
     for name, tensor in teacher.module.state_dict().items():
@@ -90,11 +97,12 @@ def test_a_damaged_start_is_made_again(tmp_path, damage):
     assert handle.file.read_bytes() == whole
 
 
-def test_whatever_decides_a_start_changes_its_fingerprint(tmp_path):
+def test_whatever_decides_a_start_changes_its_fingerprint(tmp_path, few_states):
     def fingerprint(**request):
         return result_of(create(tmp_path, **{"method": "interleaved", **request}))[0].fingerprint
 
     requests = [{}, {"depth": 2}, {"depth": None, "keep": (0, 1, 3)}, {"method": "greedy"}, {"ffn_dim": 48}, {"seed": 1}, {"cfg": 2.0},
+                {"method": "spaced"}, {"method": "influence"}, {"refit": "mean"}, {"refit": "least squares"}, {"block_steps": 1},
                 {"shape": (16, 1, 8, 4)}, {"bank": random_bank(3)}, {"teacher": tiny(seed=1)},
                 {"teacher": tiny(shift=5.0)}]
     assert len({fingerprint(**request) for request in requests}) == len(requests)
@@ -107,11 +115,12 @@ def test_what_is_not_measured_does_not_split_the_cache(tmp_path):
     assert first == second
 
 
-def test_closing_at_any_moment_leaves_nothing(tmp_path):
-    total = sum(1 for _ in create(tmp_path / "whole", ffn_dim=48))
+@pytest.mark.parametrize("request_", [{"ffn_dim": 48}, {"method": "influence", "refit": "mean", "block_steps": 2}])
+def test_closing_at_any_moment_leaves_nothing(tmp_path, few_states, request_):
+    total = sum(1 for _ in create(tmp_path / "whole", **request_))
     for stop in sorted({1, 2, total // 4, total // 2, 3 * total // 4, total - 1, total}):
         folder = tmp_path / str(stop)
-        steps = create(folder, ffn_dim=48)
+        steps = create(folder, **request_)
         for _ in range(stop):
             next(steps)
         steps.close()
@@ -145,7 +154,7 @@ def test_what_a_power_cut_left_is_cleared_away(tmp_path):
 @pytest.mark.parametrize("request_, sentence", [
     ({"depth": 5}, "The teacher has 4 blocks"), ({"depth": 0}, "depth is 0"), ({"ffn_dim": 65}, "64 FFN neurons"),
     ({"keep": (0, 1)}, "depth is 3 and the keep-map has 2 blocks"), ({"depth": None, "keep": (0, 4)}, "block 4"),
-    ({"method": "given"}, "'greedy' or 'interleaved'"), ({"shape": (4, 1, 8, 8)}, "This teacher takes"),
+    ({"method": "given"}, "interleaved, greedy, spaced or influence"), ({"refit": "median"}, "none, mean, least squares"), ({"shape": (4, 1, 8, 8)}, "This teacher takes"),
 ])
 def test_a_request_that_cannot_be_met_is_one_sentence_before_any_work(tmp_path, request_, sentence):
     teacher = tiny()
@@ -154,7 +163,10 @@ def test_a_request_that_cannot_be_met_is_one_sentence_before_any_work(tmp_path, 
     assert sentence in str(error.value) and files(tmp_path) == [] and teacher.forwards == teacher.passes == 0
 
 
-@pytest.mark.parametrize("request_, sentence", [({"method": "greedy"}, "choose interleaved"), ({"ffn_dim": 48}, "keep ffn_dim at 64")])
+@pytest.mark.parametrize("request_, sentence", [
+    ({"method": "greedy"}, "choose interleaved"), ({"method": "influence"}, "influence watches the teacher"), ({"ffn_dim": 48}, "keep ffn_dim at 64"),
+    ({"refit": "mean"}, "leave refit at none"), ({"block_steps": 5}, "block_steps at 0"),
+])
 def test_what_needs_prompts_says_so(tmp_path, request_, sentence):
     with pytest.raises(WanLiteError, match=sentence):
         result_of(create_student(tiny(), None, SHAPE, **{"depth": 3, "method": "interleaved", **request_}, folder=tmp_path))
@@ -177,10 +189,11 @@ def test_a_start_that_does_not_fit_beside_the_teacher_is_written_and_not_measure
     assert handle.file.is_file() and "does not fit beside the teacher" in report
 
 
-def test_it_works_inside_inference_mode_and_gives_the_same_start(tmp_path):
-    outside, _ = result_of(create(tmp_path / "outside", ffn_dim=48))
+@pytest.mark.parametrize("request_", [{}, {"method": "influence", "refit": "least squares", "block_steps": 2}])
+def test_it_works_inside_inference_mode_and_gives_the_same_start(tmp_path, few_states, request_):
+    outside, _ = result_of(create(tmp_path / "outside", ffn_dim=48, **request_))
     with torch.inference_mode():
-        inside, _ = result_of(create(tmp_path / "inside", ffn_dim=48))
+        inside, _ = result_of(create(tmp_path / "inside", ffn_dim=48, **request_))
     assert inside.file.read_bytes() == outside.file.read_bytes()
 
 
@@ -210,11 +223,6 @@ def test_no_file_tells_where_it_was_made(tmp_path):
         assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes()
 
 
-@pytest.fixture
-def few_states(monkeypatch):
-    monkeypatch.setattr(build, "MOST_HEALING", 32)
-
-
 def test_blocks_that_learned_what_the_removed_ones_did_start_nearer_to_the_teacher(tmp_path, few_states):
     teacher = counting_teacher(depth=6)
     cut, healed = (result_of(create(tmp_path, teacher, keep=(0, 1, 4, 5), depth=None, block_steps=steps))[0] for steps in (0, 60))
@@ -229,7 +237,64 @@ def test_blocks_that_learned_what_the_removed_ones_did_start_nearer_to_the_teach
 def test_the_memory_that_healing_may_take_does_not_change_its_result(tmp_path, monkeypatch, few_states):
     teacher = counting_teacher(depth=4)
     one = result_of(create(tmp_path / "a", teacher, keep=(0, 3), depth=None, block_steps=5))[0]
-    monkeypatch.setattr("wanlite_model.compress.blockwise.MEMORY", 1)
+    monkeypatch.setattr("wanlite_model.compress.walk.MEMORY", 1)
     other = result_of(create(tmp_path / "b", teacher, keep=(0, 3), depth=None, block_steps=5))[0]
     with one.open() as before, other.open() as after:
         assert all(torch.equal(old, new) for (_, old), (_, new) in zip(before.tensors(), after.tensors()))
+
+
+@pytest.mark.parametrize("method, sentence", [
+    ("greedy", "greedily; removed in this order, with the velocity error after each: 3 ("), ("interleaved", "evenly spread, which took no forward"),
+    ("spaced", "greedily, neighbours of a removed block last; removed in this order, with the velocity error after each: 3 ("),
+    ("influence", "by influence; removed at once, with 1 - the mean cosine between what each was fed and what it handed on: 3 (0.0000)"),
+])
+def test_the_report_tells_how_blocks_were_chosen_and_what_that_cost(tmp_path, method, sentence):
+    teacher = counting_teacher(depth=6, ffn_dim=64, idle=[3])
+    handle, report = result_of(create(tmp_path, teacher, depth=5, method=method))
+    assert handle.plan.method == method and sentence in report
+    asked, teacher.states = teacher.states, 0
+    result_of(create(tmp_path, teacher, depth=None, keep=handle.plan.keep))             # the same but for the choice
+    cost = asked - teacher.states
+    assert cost == 0 if method == "interleaved" else f"the choice took {cost} forwards of one state each" in report
+
+
+def test_a_choice_that_came_out_worse_than_interleaved_says_what_was_tried(tmp_path, monkeypatch):
+    def worse(teacher, probe, depth):
+        yield from ()
+        return DepthChoice(keep=(0, 1, 3), error=0.1, interleaved_error=0.1, removals=((1, 0.02),), forwards=48)
+
+    monkeypatch.setattr(build, "least_influence", worse)
+    handle, report = result_of(create(tmp_path, method="influence"))
+    assert handle.plan.method == "interleaved"
+    assert "evenly spread, which came out better than removal by influence; the choice took 48 forwards of one state each" in report
+
+
+def test_a_refit_starts_nearer_to_the_teacher_and_the_report_says_so(tmp_path, few_states):
+    teacher = counting_teacher(depth=6)
+    with torch.no_grad():
+        teacher.module.blocks[3].cross_attn.o.bias.add_(torch.randn(128))
+    teacher.fingerprint = "c0"                                  # of the changed weights
+    made = {refit: result_of(create(tmp_path, teacher, keep=(0, 1, 2, 4, 5), depth=None, refit=refit)) for refit in ("none", "mean", "least squares")}
+    errors = {refit: handle.card.measured["start_error"] for refit, (handle, _) in made.items()}
+    assert errors["mean"] < 0.8 * errors["none"] and errors["least squares"] < 0.8 * errors["none"]
+    assert "Refitted" not in made["none"][1]
+    assert "in each kept block after a gap (4) the bias of the cross attention" in made["mean"][1]
+    assert "in each kept block after a gap (4) the output layer of the cross attention" in made["least squares"][1]
+    assert f"states that took no part in the choice: {errors['mean']:.1%}" in made["mean"][1]
+
+
+def test_where_no_block_follows_a_gap_the_report_says_so(tmp_path):
+    cut, refitted = (result_of(create(tmp_path, keep=(0, 1), depth=None, refit=refit)) for refit in ("none", "mean"))
+    assert "No kept block comes after a removed one" in refitted[1]
+    assert refitted[0].file.read_bytes() == cut[0].file.read_bytes()
+
+
+def test_blocks_are_trained_from_the_refit_on_and_behind_narrower_ffns_too(tmp_path, few_states):
+    def made(**request):
+        handle, _ = result_of(create(tmp_path, tiny(depth=5), keep=(0, 1, 3, 4), depth=None, ffn_dim=48, **request))
+        with handle.open() as opened:
+            return dict(opened.tensors())
+
+    refitted, after, trained = made(refit="mean"), made(refit="mean", block_steps=1), made(block_steps=1)
+    bias = "blocks.2.cross_attn.o.bias"
+    assert (after[bias] - refitted[bias]).norm() < 0.5 * (after[bias] - trained[bias]).norm()

@@ -20,6 +20,7 @@ from wanlite_model.distill.trainer import Run, lora_fingerprint, run
 from wanlite_model.errors import WanLiteError
 from wanlite_model.formats.lora import Factors, Lora
 from wanlite_model.prompts import PromptBank
+from wanlite_model.teacher import guided_velocity
 from wanlite_model.transformer import WanLiteStudent
 
 SHAPE = (16, 2, 4, 4)
@@ -383,6 +384,29 @@ def test_states_of_its_own_change_what_a_student_learns_and_resume_too(setting):
     until(setting.events(jobs[1.0], "own halves"), lambda event: isinstance(event, Step) and event.step == 3)
     list(setting.events(jobs[1.0], "own halves"))
     assert same(setting.state("own 1.0"), setting.state("own halves"))
+
+
+def test_with_velocity_kd_the_teacher_is_asked_where_the_student_comes_to(setting):
+    """The state is the student's own after so many of its steps, and its target is the teacher's guided answer at it."""
+    job = setting.job(recipe={"own_states": 1.0})
+    running = Run(job, RunFolder(setting.folder / "asked"), setting.folder / "cache", setting.teacher, setting.student, setting.bank, None,
+                  lambda: False, False)
+    with running.files.opened(job, {}):
+        next(event for event in running._work() if isinstance(event, Stage) and event.name == "evaluating the start")
+    drawn = running.cache.batch(0)
+    batch = running._rolled(drawn)
+    assert set(drawn.rolled.tolist()) <= {1, 2} and torch.equal(batch.sigma, flow.schedule(3, job.shift)[drawn.rolled])
+    for row, steps in enumerate(drawn.rolled.tolist()):
+        which = (drawn.prompts[row],)
+        walk = flow.euler_steps(lambda x, s: running.state.student(x, 1000 * s, setting.bank.cond(which).context).detach(), drawn.x[row:row + 1],
+                                flow.schedule(3, job.shift))
+        x = [x for x, _, _ in walk][steps]
+        torch.testing.assert_close(batch.x[row:row + 1], x, atol=1e-5, rtol=1e-4)
+        wanted = guided_velocity(setting.teacher, x, batch.sigma[row:row + 1], setting.bank.cond(which), setting.bank.negative_cond(1), job.cfg)
+        torch.testing.assert_close(batch[row:row + 1].guided(job.cfg), wanted, atol=1e-4, rtol=1e-3)
+    list(setting.events(job, "own velocity"))
+    list(setting.events(setting.job(), "no own velocity"))
+    assert not same(averaged(setting.state("own velocity")), averaged(setting.state("no own velocity")))
 
 
 def test_a_learning_rate_a_thousand_times_too_high_never_becomes_the_best(setting):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -29,20 +30,24 @@ from ..prompts import PromptBank
 from ..teacher import ModuleTeacher, Teacher
 from ..transformer import WanLiteStudent
 from .apply import plain_cut, start_student
-from .blockwise import KEPT, MEMORY, heal_blocks
+from .blockwise import heal_blocks
+from .depth import DepthChoice, greedy_depth, least_influence
 from .ffn import FfnCut, cut_ffn
+from .gaps import refit_gaps
 from .handle import StudentHandle
-from .importance import ROLLOUT_STEPS, Probe, Velocity, answers, check_shape, greedy_depth, make_probe, tokens, velocity_errors, without
-from .plan import CompressionPlan, Method, Progress, check_depth, check_ffn_dim, check_keep, interleaved
+from .importance import ROLLOUT_STEPS, Probe, Velocity, answers, check_shape, make_probe, tokens, velocity_errors, without
+from .plan import METHODS, REFITS, CompressionPlan, Method, Progress, Refit, check_depth, check_ffn_dim, check_keep, interleaved
 from .report import Measured, describe
+from .walk import KEPT, MEMORY
 
 log = logging.getLogger(__name__)
 
-VERSION = 3                 # raise it when the same request would give other weights
+VERSION = 4                 # raise it when the same request would give other weights
 NOTE = "start.json"
 HELD_OUT = 8                # states for the report, which take no part in any choice
 LEAST_STATES, MOST_STATES, DEPTH_STATES = 8, 64, 16
-LEAST_HEALING, MOST_HEALING = 16, 512       # states that blocks are trained on
+LEAST_HEALING, MOST_HEALING = 16, 512       # states that blocks are refitted and trained on
+HEALING_ROLLOUTS = 12       # that they come from, a prompt each: of 3 prompts 48 states left a start at 47% error, of 12 at 22%
 TOKENS_PER_NEURON = 8       # that the refit should see
 
 Built = tuple[StudentHandle, str]
@@ -50,17 +55,23 @@ Built = tuple[StudentHandle, str]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What is asked of a teacher, checked. keep: None lets `method` choose `depth` blocks. block_steps: of each block's own training."""
+    """What is asked of a teacher, checked. keep: None lets `method` choose `depth` blocks. refit: of the blocks after a gap.
+
+    block_steps: of each block's own training.
+    """
     depth: int
     ffn_dim: int
     keep: tuple[int, ...] | None
     method: Method
+    refit: Refit = "none"
     block_steps: int = 0
 
     @classmethod
     def checked(cls, teacher: WanConfig, depth: int | None, ffn_dim: int | None, keep: tuple[int, ...] | None, method: Method,
-                block_steps: int = 0) -> Request:
+                refit: Refit = "none", block_steps: int = 0) -> Request:
         """Raises WanLiteError on a size that the teacher cannot give, or a keep-map that is not `depth` blocks."""
+        if refit not in REFITS:
+            raise WanLiteError(f"The refit is {refit!r}.", f"WanLite knows {', '.join(REFITS)}.")
         ffn_dim = teacher.ffn_dim if ffn_dim is None else ffn_dim
         check_ffn_dim(ffn_dim, teacher.ffn_dim)
         if keep is not None:
@@ -68,12 +79,19 @@ class Request:
             if depth not in (None, len(keep)):
                 raise WanLiteError(f"depth is {depth} and the keep-map has {len(keep)} blocks.", "They say the same thing twice.",
                                    "Leave one of them out.")
-            return cls(depth=len(keep), ffn_dim=ffn_dim, keep=keep, method="given", block_steps=block_steps * (len(keep) < teacher.num_layers))
-        depth = teacher.num_layers if depth is None else depth
-        check_depth(depth, teacher.num_layers)
-        if method not in ("greedy", "interleaved"):
-            raise WanLiteError(f"The method is {method!r}.", "Without a keep-map, blocks are chosen 'greedy' or 'interleaved'.")
-        return cls(depth=depth, ffn_dim=ffn_dim, keep=keep, method=method, block_steps=block_steps * (depth < teacher.num_layers))
+            depth, method = len(keep), "given"
+        else:
+            depth = teacher.num_layers if depth is None else depth
+            check_depth(depth, teacher.num_layers)
+            if method not in METHODS or method == "given":
+                raise WanLiteError(f"The method is {method!r}.", f"Without a keep-map it is {', '.join(METHODS[:-2])} or {METHODS[-2]}.")
+        whole = depth == teacher.num_layers             # then no block has anything to make up for
+        return cls(depth=depth, ffn_dim=ffn_dim, keep=keep, method=method, refit="none" if whole else refit, block_steps=0 if whole else block_steps)
+
+    @property
+    def heals(self) -> bool:
+        """Whether kept blocks are changed to make up for the removed ones."""
+        return self.refit != "none" or self.block_steps > 0
 
     def prunes_nothing(self, teacher: WanConfig) -> bool:
         return self.depth == teacher.num_layers and self.ffn_dim == teacher.ffn_dim
@@ -84,16 +102,17 @@ class Request:
 
 
 def create_student(teacher: Teacher, prompts: PromptBank | None, shape: tuple[int, int, int, int], *, depth: int | None = None,
-                   ffn_dim: int | None = None, keep: tuple[int, ...] | None = None, method: Method = "greedy", block_steps: int = 0,
-                   seed: int = 0, cfg: float = 5.0, folder: Path) -> Generator[Progress, None, Built]:
+                   ffn_dim: int | None = None, keep: tuple[int, ...] | None = None, method: Method = "greedy", refit: Refit = "none",
+                   block_steps: int = 0, seed: int = 0, cfg: float = 5.0, folder: Path) -> Generator[Progress, None, Built]:
     """Writes the start under folder/<fingerprint>, or finds it there; returns its handle and a report in plain words.
 
     shape: (C, T, H, W) of the videos it is meant for. depth, ffn_dim: None keeps the teacher's. Without prompts nothing is
-    measured, so only interleaved or given blocks at full FFN width can be had. block_steps: steps for which each block from the first
-    gap on is trained by itself to hand on what the removed ones did (see blockwise.py). Closing it at any yield leaves no file.
+    measured, so only interleaved or given blocks at full FFN width can be had, as they are. refit: how what the removed blocks added is
+    folded into the block after each gap (see gaps.py). block_steps: steps for which, after that, each block from the first gap on is
+    trained by itself to hand on what the removed ones did (see blockwise.py). Closing it at any yield leaves no file.
     Raises WanLiteError before any work when the request cannot be met.
     """
-    request = Request.checked(teacher.config, depth, ffn_dim, keep, method, block_steps)
+    request = Request.checked(teacher.config, depth, ffn_dim, keep, method, refit, block_steps)
     measures = prompts is not None and not request.prunes_nothing(teacher.config)
     _check_prompts(request, teacher.config, prompts)
     if measures:
@@ -105,13 +124,13 @@ def create_student(teacher: Teacher, prompts: PromptBank | None, shape: tuple[in
     probe = None
     if measures:
         probe = yield from make_probe(teacher, prompts, shape, seed=seed, count=_states(teacher.config, request, shape) + HELD_OUT, cfg=cfg)
-    plan, removals, cuts = yield from _choose(teacher, request, None if probe is None else probe[:-HELD_OUT])
+    plan, choice, cuts = yield from _choose(teacher, request, None if probe is None else probe[:-HELD_OUT])
     with _staging(folder, fingerprint) as staging:
         healed = None
-        if request.block_steps:
-            healed = yield from _heal(teacher, prompts, shape, plan, cuts, request.block_steps, staging, seed=seed, cfg=cfg)
+        if request.block_steps or request.refit != "none" and plan.after_gaps:
+            healed = yield from _heal(teacher, prompts, shape, plan, cuts, request, staging, seed=seed, cfg=cfg)
         weights = _Weights(teacher, plan, cuts, healed)
-        measured = Measured(removals=removals, block_steps=request.block_steps)
+        measured = Measured(asked=request.method, choice=choice, refit=request.refit, block_steps=request.block_steps)
         if probe is not None:
             measured = yield from _measure(teacher, plan, weights, probe[-HELD_OUT:], measured)
         yield Progress(stage="Writing the start", done=0, total=1)
@@ -129,9 +148,12 @@ def start_fingerprint(teacher: Teacher, request: Request, probing: Mapping[str, 
 def _check_prompts(request: Request, teacher: WanConfig, prompts: PromptBank | None) -> None:
     if prompts is not None:
         return
-    if request.method == "greedy" and request.depth < teacher.num_layers:
-        raise WanLiteError("There are no prompts to choose blocks by.", "Greedy choice watches the teacher work on prompts.",
+    if request.method not in ("interleaved", "given") and request.depth < teacher.num_layers:
+        raise WanLiteError("There are no prompts to choose blocks by.", f"The method {request.method} watches the teacher work on prompts.",
                            "Connect prompts, choose interleaved, or type a keep-map.")
+    if request.heals:
+        raise WanLiteError("There are no prompts to refit or train blocks on.", "What the removed ones did shows on prompts.",
+                           "Connect prompts, or leave refit at none and block_steps at 0.")
     if request.ffn_dim < teacher.ffn_dim:
         raise WanLiteError("There are no prompts to narrow the FFN by.", "Which neurons matter shows on prompts.",
                            f"Connect prompts, or keep ffn_dim at {teacher.ffn_dim}.")
@@ -145,23 +167,26 @@ def _states(teacher: WanConfig, request: Request, shape: tuple[int, int, int, in
 
 
 def _choose(teacher: Teacher, request: Request, probe: Probe | None
-            ) -> Generator[Progress, None, tuple[CompressionPlan, tuple[tuple[int, float], ...], dict[int, FfnCut] | None]]:
-    config, keep, removals = teacher.config, request.keep, ()
-    if keep is None and request.method == "greedy" and probe is not None:
-        choice = yield from greedy_depth(teacher, probe[:DEPTH_STATES], request.depth)
-        keep, removals = choice.keep, choice.removals
-        if any(block in keep for block, _ in removals):
+            ) -> Generator[Progress, None, tuple[CompressionPlan, DepthChoice | None, dict[int, FfnCut] | None]]:
+    config, keep, choice = teacher.config, request.keep, None
+    if keep is None and request.method != "interleaved" and request.depth < config.num_layers:
+        if request.method == "influence":
+            choice = yield from least_influence(teacher, probe[:DEPTH_STATES], request.depth)
+        else:
+            choice = yield from greedy_depth(teacher, probe[:DEPTH_STATES], request.depth, spaced=request.method == "spaced")
+        keep = choice.keep
+        if any(block in keep for block, _ in choice.removals):
             request = replace(request, method="interleaved")        # it came out better
     plan = request.plan(config, interleaved(config.num_layers, request.depth) if keep is None else keep)
     cuts = None
     if plan.ffn_dim < config.ffn_dim:
         cuts = yield from cut_ffn(teacher, probe, plan.keep, plan.ffn_dim)
-    return plan, removals, cuts
+    return plan, choice, cuts
 
 
 @dataclass(frozen=True, kw_only=False, slots=True, eq=False)
 class _Weights:
-    """The start's tensors, made anew at each call: the teacher's, cut, and those that a block learned since. healed: {name: file}."""
+    """The start's tensors, made anew at each call: the teacher's, cut, and those that were refitted or trained since. healed: {name: file}."""
     teacher: Teacher
     plan: CompressionPlan
     cuts: dict[int, FfnCut] | None
@@ -171,12 +196,12 @@ class _Weights:
     def __call__(self) -> Iterator[tuple[str, Tensor]]:
         self.size[:] = [0, 0]
         for name, tensor in start_student(_counted(self.teacher.weights(), self.size), self.plan, self.cuts):
-            yield name, tensor if self.healed is None or name not in self.healed else _stored(self.healed[name], name)
+            yield name, tensor if not self.healed or name not in self.healed else _stored(self.healed[name], name)
 
     @property
     def whole_blocks(self) -> bool:
         """Whether they are the teacher's own, so that it can stand in for them."""
-        return self.cuts is None and self.healed is None
+        return self.cuts is None and not self.healed
 
 
 def _stored(file: Path, name: str) -> Tensor:
@@ -185,23 +210,31 @@ def _stored(file: Path, name: str) -> Tensor:
 
 
 def _heal(teacher: Teacher, prompts: PromptBank, shape: tuple[int, int, int, int], plan: CompressionPlan, cuts: dict[int, FfnCut] | None,
-          steps: int, staging: Path, *, seed: int, cfg: float) -> Generator[Progress, None, dict[str, Path]]:
+          request: Request, staging: Path, *, seed: int, cfg: float) -> Generator[Progress, None, dict[str, Path]]:
     """{name: the file that holds what it became}. The cut is written first and read block by block: a 14B is never in memory as a whole."""
-    each = KEPT.itemsize * tokens(shape) * teacher.config.dim
-    count = max(LEAST_HEALING, min(MOST_HEALING, MEMORY // each))
-    probe = yield from make_probe(teacher, prompts, shape, seed=seed + 1, count=count, cfg=cfg, each=ROLLOUT_STEPS, renoised=ROLLOUT_STEPS)
+    size = KEPT.itemsize * tokens(shape) * teacher.config.dim
+    count = max(LEAST_HEALING, min(MOST_HEALING, MEMORY // size))
+    each = next((n for n in (ROLLOUT_STEPS, 4, 2) if count >= 2 * n * HEALING_ROLLOUTS), 1)
+    probe = yield from make_probe(teacher, prompts, shape, seed=seed + 1, count=count, cfg=cfg, each=each, renoised=each)
     yield Progress(stage="Writing the cut", done=0, total=1)
     config = plan.student_config(teacher.config)
     written = write_student(staging / "cut", config=config, tensors=_Weights(teacher, plan, cuts)())
     healed: dict[str, Path] = {}
+    numbers = itertools.count()
 
-    def keep(block: dict[str, Tensor]) -> None:
-        file = staging / f"healed-{len(healed)}.safetensors"
-        save_file(block, file)
-        healed.update(dict.fromkeys(block, file))
+    def keep(tensors: dict[str, Tensor]) -> None:
+        file = staging / f"healed-{next(numbers)}.safetensors"
+        save_file(tensors, file)
+        healed.update(dict.fromkeys(tensors, file))
 
     with open_wan(written.path) as source:
-        yield from heal_blocks(teacher, source.tensor, plan, probe, steps, keep)
+        def read(name: str) -> Tensor:
+            return _stored(healed[name], name) if name in healed else source.tensor(name)
+
+        if request.refit != "none":
+            yield from refit_gaps(teacher, read, plan, probe, request.refit, keep)
+        if request.block_steps:
+            yield from heal_blocks(teacher, read, plan, probe, request.block_steps, keep)
     return healed
 
 

@@ -39,7 +39,7 @@ class Moments:
         self.count = 0
 
     def __call__(self, hidden: Tensor, _: Tensor) -> None:
-        """A tap on ffn.2: hidden [B, N, F]."""
+        """A tap on a layer, on ffn.2 here: hidden [B, N, F] is what it is given."""
         with torch.inference_mode(False), torch.no_grad():
             rows = hidden.detach().flatten(0, -2)                                    # [B N, F]
             if not self.count:
@@ -58,7 +58,7 @@ class Moments:
         mean = self.sum.double().cpu() / self.count
         covariance = self.products.cpu().double().div_(self.count).addr_(mean, mean, alpha=-1)
         if not torch.isfinite(covariance).all():
-            raise WanLiteError("The teacher's FFN activations are not finite.", "", "Load the teacher in bf16 or fp32.")
+            raise WanLiteError("The teacher's activations are not finite.", "", "Load the teacher in bf16 or fp32.")
         return self.centre.double().cpu() + mean, covariance
 
 

@@ -1,4 +1,4 @@
-"""Which blocks matter: states of the teacher's own sampling, and greedy removal by what it does to the velocity."""
+"""What blocks and neurons are judged on: states of the teacher's own sampling, and how far from its velocity there another one is."""
 from __future__ import annotations
 
 import math
@@ -13,7 +13,7 @@ from ..config import PATCH
 from ..errors import WanLiteError
 from ..prompts import PromptBank
 from ..teacher import Cond, Teacher, guided_velocity, pad_together
-from .plan import Progress, check_depth, interleaved, protected
+from .plan import Progress
 
 ROLLOUT_STEPS = 8           # Euler steps of a probing rollout
 TOKENS_AT_ONCE = 4096       # small videos share a forward, large ones do not
@@ -36,15 +36,6 @@ class Probe:
     def batch(self) -> int:
         """States that share a forward."""
         return max(1, TOKENS_AT_ONCE // tokens(self.x.shape[1:]))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DepthChoice:
-    """The kept blocks; their velocity error on the probe and that of the interleaved cut; (block, error after its removal) in order."""
-    keep: tuple[int, ...]
-    error: float
-    interleaved_error: float
-    removals: tuple[tuple[int, float], ...]
 
 
 def tokens(shape: Collection[int]) -> int:
@@ -95,7 +86,8 @@ def make_probe(teacher: Teacher, prompts: PromptBank, shape: tuple[int, int, int
 
 
 def _noised_again(x0: Tensor, context: Tensor, shift: float, count: int, draw: torch.Generator) -> Iterator[Probe]:
-    for sigma in flow.sample_sigma(count, shift, 0.5, draw).split(1):
+    sigmas = flow.sample_sigma(count, shift, 0.5, draw)
+    for sigma in (sigmas[i:i + 1] for i in range(count)):       # split(1) makes one empty sigma out of none
         yield Probe(x=flow.add_noise(x0, torch.randn(x0.shape, generator=draw).to(x0), sigma), sigma=sigma, context=context.clone())
 
 
@@ -138,52 +130,6 @@ def velocity_errors(velocity: Velocity, probe: Probe, target: Tensor) -> Iterato
             raise WanLiteError("The model answered with numbers that are not finite.", "", "Load the teacher in bf16 or fp32.")
         start += len(v)
         yield error
-
-
-def greedy_depth(teacher: Teacher, probe: Probe, depth: int) -> Generator[Progress, None, DepthChoice]:
-    """Removes the block whose absence changes the velocity least, then scores again, until `depth` are left.
-
-    A removal is taken to look no cheaper after another block has gone, so a block is scored again only when its last score is
-    still below the best new one (lazy greedy, Minoux 1978): about four times fewer forwards. Should the interleaved cut come out
-    better on the probe, it is what is returned. Yields once a forward.
-    """
-    layers = teacher.config.num_layers
-    check_depth(depth, layers)
-    turns, stage = layers - depth, "Choosing blocks"
-    scores = dict.fromkeys(sorted(set(range(layers)) - protected(layers, depth)), 0.0)
-    total, done, note = len(scores) + turns + 1, 0, ""
-    removals: list[tuple[int, float]] = []
-    parts: list[Tensor] = []
-    for v in answers(teacher.velocity, probe):
-        parts.append(v)
-        yield Progress(stage=stage, done=done, total=total)
-    target = torch.cat(parts)
-    for turn in range(turns):
-        best, lowest = -1, math.inf
-        for block in sorted(scores, key=lambda b: (scores[b], b)):
-            if scores[block] >= lowest:
-                break
-            skip = frozenset((*(b for b, _ in removals), block))
-            error = 0.0
-            for part in velocity_errors(without(teacher, skip), probe, target):
-                error += part.sum().item() / len(probe)
-                yield Progress(stage=stage, done=done, total=total, note=note)
-            scores[block] = error
-            if error < lowest:
-                best, lowest = block, error
-            done += turn == 0
-        removals.append((best, lowest))
-        del scores[best]
-        done, note = done + 1, f"block {best} removed, velocity error {lowest:.1%}"
-    keep = tuple(sorted(set(range(layers)) - {block for block, _ in removals}))
-    even, even_error = interleaved(layers, depth), 0.0
-    for part in velocity_errors(without(teacher, set(range(layers)) - set(even)), probe, target):
-        even_error += part.sum().item() / len(probe)
-        yield Progress(stage=stage, done=total, total=total, note=note)
-    error = removals[-1][1] if removals else 0.0
-    if even_error < error:
-        keep, error = even, even_error
-    return DepthChoice(keep=keep, error=error, interleaved_error=even_error, removals=tuple(removals))
 
 
 def without(teacher: Teacher, skip: Collection[int]) -> Velocity:

@@ -9,8 +9,10 @@ from typing import Any, Literal
 from ..config import WanConfig
 from ..errors import WanLiteError
 
-Method = Literal["interleaved", "greedy", "given"]
-METHODS: tuple[Method, ...] = ("interleaved", "greedy", "given")
+Method = Literal["interleaved", "greedy", "spaced", "influence", "given"]
+METHODS: tuple[Method, ...] = ("interleaved", "greedy", "spaced", "influence", "given")
+Refit = Literal["none", "mean", "least squares"]
+REFITS: tuple[Refit, ...] = ("none", "mean", "least squares")       # of the blocks after a gap, see gaps.py
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +50,11 @@ class CompressionPlan:
     def removed(self) -> tuple[int, ...]:
         """The teacher's blocks that the student does not have."""
         return tuple(sorted(set(range(self.teacher_layers)) - set(self.keep)))
+
+    @property
+    def after_gaps(self) -> tuple[int, ...]:
+        """The student's blocks right before which the teacher has blocks that were removed."""
+        return tuple(j for j, (before, block) in enumerate(zip((-1, *self.keep), self.keep)) if block > before + 1)
 
     def student_config(self, teacher: WanConfig) -> WanConfig:
         return teacher.resized(num_layers=len(self.keep), ffn_dim=self.ffn_dim)

@@ -6,8 +6,9 @@ is the unchanged base, and no second copy of it is needed to ask it. Modulation 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,18 +18,19 @@ from ..config import WanConfig
 from ..errors import WanLiteError
 from ..formats.keymap import wan_shapes
 from ..formats.lora import Factors
+from ..teacher import ModuleTeacher, Teacher
 from ..transformer import WanLiteStudent
 
 
 class Adapters:
     """Low-rank factors on layers of `module`, trainable. parameters: {"<layer>.lora_A.weight" or "...lora_B.weight": tensor}."""
 
-    def __init__(self, module: WanLiteStudent, factors: Mapping[str, Factors], diffs: Mapping[str, Tensor] = {}) -> None:
+    def __init__(self, module: WanLiteStudent, factors: Mapping[str, Factors], diffs: Mapping[str, Tensor] = {}, enabled: bool = True) -> None:
         """diffs: what else the LoRA adds, {tensor name: tensor}; it is in the module's weights already, is not trained, and is written with it."""
         self.diffs = dict(diffs)
         self.parameters: dict[str, nn.Parameter] = {}
         self.scales: dict[str, float] = {}
-        self.enabled = True
+        self.enabled = enabled
         layers = dict(module.named_modules())
         for path, found in factors.items():
             layer = layers.get(path)
@@ -52,9 +54,9 @@ class Adapters:
         return add
 
     @contextmanager
-    def off(self) -> Iterator[None]:
-        """Inside, the module is its base."""
-        before, self.enabled = self.enabled, False
+    def switched(self, on: bool) -> Iterator[None]:
+        """Inside, they count, or the module is its base. A backward pass belongs inside too: checkpointed blocks are computed again by it."""
+        before, self.enabled = self.enabled, on
         try:
             yield
         finally:
@@ -64,6 +66,21 @@ class Adapters:
         """The factors by layer, from tensors under the names of `parameters`."""
         return {path: Factors(down=parameters[f"{path}.lora_A.weight"], up=parameters[f"{path}.lora_B.weight"], scale=scale)
                 for path, scale in self.scales.items()}
+
+
+class BaseTeacher(ModuleTeacher):
+    """The frozen base of a student that starts as its teacher: with the adapters off it is the teacher, and no second copy is needed."""
+
+    def __init__(self, module: WanLiteStudent, adapters: Sequence[Adapters], teacher: Teacher) -> None:
+        self.module, self.adapters = module, tuple(adapters)
+        self.config, self.shift, self.name, self.notes = teacher.config, teacher.shift, teacher.name, teacher.notes
+        self.device, self.fingerprint = next(module.parameters()).device, teacher.fingerprint
+
+    def velocity(self, *state: Any, **asked: Any) -> Tensor:
+        with ExitStack() as stack:
+            for adapters in self.adapters:
+                stack.enter_context(adapters.switched(False))
+            return super().velocity(*state, **asked)
 
 
 def adapter_size(config: WanConfig, rank: int) -> int:

@@ -29,7 +29,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")     # torch's AdamW keeps these for 
 class TrainState:
     """What training changes. `step` counts finished optimizer steps.
 
-    trained: the parameters that move, by name: all of the student's, or its adapters' over a frozen student.
+    trained: the parameters that move, by name: all of the student's, or its adapters' over a frozen student, and a critic's.
     """
     student: WanLiteStudent
     trained: Mapping[str, nn.Parameter]
@@ -39,6 +39,7 @@ class TrainState:
     best_error: float = float("inf")
     best_step: int = 0
     adapters: Adapters | None = None
+    critic: Adapters | None = None
 
 
 class RunFolder:

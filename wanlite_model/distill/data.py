@@ -49,7 +49,8 @@ class Batch:
     """Training states: x [B, C, T, H, W] at sigma [B], the teacher's answers there, and the prompt of each.
 
     For trajectory KD v_pos is the guided average velocity from x to `goal` [B, C, T, H, W], the teacher's path at `following` [B].
-    `rolled` [B]: from how many steps of the student's own the state is still to be made; x is then the noise it starts from.
+    `rolled` [B]: from how many steps of the student's own the state is still to be made; x is then the noise it starts from, and what
+    the teacher answers there is still to be found.
     """
     x: Tensor
     sigma: Tensor
@@ -125,6 +126,8 @@ def plan_units(job: DistillJob, prompts: PromptBank, latents: Tensor | None, mos
 
 def _wanted(job: DistillJob, items: int) -> int:
     """How many units are worth having, were there time: each prompt once, and so many that no state has to be trained on over and over."""
+    if job.matching:
+        return max(MIN_UNITS, items)            # to measure on alone: what it learns from is its own
     if job.steps == 0:
         return max(MIN_UNITS, MOST_ROLLOUTS * items)
     drawn = job.steps * job.recipe.batch_size
@@ -214,8 +217,19 @@ class TeacherCache:
             unit = self.train[int(torch.randint(len(self.train), (), generator=draw))]
             chances = torch.rand(2, generator=draw).tolist()
             units.append(unit)
-            states.append(self._step_of(unit, *chances) if self.job.trajectory else self._state(unit, self._drawn(*chances)))
+            if self.job.trajectory:
+                states.append(self._step_of(unit, *chances))
+            else:
+                own = float(torch.rand((), generator=draw)) < self.job.recipe.own_states
+                states.append(self._own(draw) if own else {**self._state(unit, self._drawn(*chances)), "rolled": torch.tensor([0])})
         return _collate(states, units)
+
+    def _own(self, draw: torch.Generator) -> dict[str, Tensor]:
+        """A state that the student is to come to from fresh noise in some of its own steps."""
+        steps = int(torch.randint(1, max(2, self.job.student_steps), (), generator=draw))
+        noise = torch.randn(1, *self.job.shape, generator=draw)
+        unknown = {"v_pos": torch.zeros_like(noise), **({"v_neg": torch.zeros_like(noise)} if self.job.guided else {})}
+        return {"x": noise, "sigma": student_sigmas(self.job)[steps:steps + 1], "rolled": torch.tensor([steps]), **unknown}
 
     def _drawn(self, kind: float, where: float) -> int:
         path, renoised = state_counts(self.job)

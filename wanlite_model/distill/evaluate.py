@@ -22,7 +22,7 @@ class Held:
     """Held-out error of one set of weights.
 
     error: sum |v_s - v_w|^2 / sum |v_w|^2 over all states; for trajectory KD, of where the student's own steps end from the teacher's noise:
-    sum |x0_s - x0|^2 / sum |x0|^2. buckets: the former per quarter of sigma (nan without a state there);
+    sum |x0_s - x0|^2 / sum |x0|^2; for distribution matching, the drift of those ends. buckets: the former per quarter of sigma (nan without a state there);
     closure: 1 - sum |v_s - v_w|^2 / sum |v_pos - v_w|^2, how much of the teacher's guidance is in the student (nan without guidance).
     """
     error: float
@@ -72,16 +72,35 @@ def evaluate(student: WanLiteStudent, held: Batch, prompts: PromptBank, job: Dis
     found = _summary(torch.cat(errors), torch.cat(scales), torch.cat(gaps), held.sigma)
     if paths is None:
         return found
-    error, scale = 0.0, 0.0
+    ends = []
     for start in range(0, len(paths.x), size):
         part = paths[start:start + size]
         end = part.x
         for i, x in enumerate(roll(student, part.x, student_sigmas(job), prompts, part.prompts, job)):
             end = x
             yield len(held.x) + start * job.student_steps + (i + 1) * len(part.x), total
-        error += float((end - part.goal).square().double().sum())
-        scale += float(part.goal.square().double().sum())
-    return replace(found, error=error / scale, closure=float("nan"))
+        ends.append(end)
+    end = torch.cat(ends)
+    error = drift(end, paths.goal) if job.matching else float((end - paths.goal).square().double().sum() / paths.goal.square().double().sum())
+    return replace(found, error=error, closure=float("nan"))
+
+
+def drift(clips: Tensor, others: Tensor) -> float:
+    """How far brightness, contrast, sharpness and motion of clips are from others' from the same noise, both latents [B, C, T, H, W].
+
+    The mean square, over clips and channels, of: the difference of their means in standard deviations of the other, and the logarithm of
+    the ratio of their standard deviations and of the mean differences between neighbours along each axis. 0 is none, wherever things are.
+    """
+    ours, its = (_traits(latents.double()) for latents in (clips, others))
+    shifted = (ours[0] - its[0]) / its[1]
+    ratios = [(a / b).log() for a, b in zip(ours[1:], its[1:])]
+    return float(torch.stack([shifted, *ratios]).square().mean())
+
+
+def _traits(latents: Tensor) -> list[Tensor]:
+    """Mean, standard deviation and mean absolute difference of neighbours along T (of more than one frame), H and W: [B, C] each."""
+    steps = [latents.diff(dim=axis).abs() for axis in (2, 3, 4) if latents.shape[axis] > 1]
+    return [latents.mean((2, 3, 4)), *(value.clamp_min(1e-6) for value in (latents.std((2, 3, 4)), *(step.mean((2, 3, 4)) for step in steps)))]
 
 
 def roll(student: WanLiteStudent, noise: Tensor, sigmas: Tensor, prompts: PromptBank, which: tuple[int, ...], job: DistillJob) -> Iterator[Tensor]:

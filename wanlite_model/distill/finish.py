@@ -45,7 +45,8 @@ def write_finished(job: DistillJob, files: RunFolder, start: StudentHandle, teac
         handle = replace(start, folder=str(files.student), loras=(), same_as="", fingerprint=fingerprint_tensors(best.items()), card=card)
     else:
         write_lora(files.lora, Lora(factors=state.adapters.factors(best), diffs=state.adapters.diffs), card=card)
-        handle = replace(start, loras=(*start.loras, str(files.lora)), fingerprint=fingerprint_tensors(best.items(), start.fingerprint), card=card)
+        before = () if job.matching else start.loras        # it took the LoRA's place
+        handle = replace(start, loras=(*before, str(files.lora)), fingerprint=fingerprint_tensors(best.items(), start.fingerprint), card=card)
     files.note("finished", {"handle": handle.to_json(), "report": _report(job, measured, state, planned, cache),
                             "plain_cut": measured.plain.error})
     return finished_from_disk(files)
@@ -87,7 +88,8 @@ def _report(job: DistillJob, measured: Measured, state: TrainState, planned: int
     on_what = (f"Measured on {held.states} states of {len(held_prompts)} prompts that were never trained on." if apart else
                 f"Measured on {held.states} states from other noise of the same prompts, since {HOLDOUT_PROMPTS} different prompts are needed "
                 "to hold whole ones out: on new prompts the error may be larger.")
-    what = ("end of a clip, after its own steps, against that of" if job.trajectory else "velocity against")
+    what = ("clips' brightness, contrast, sharpness and motion against those of" if job.matching else
+            "end of a clip, after its own steps, against that of" if job.trajectory else "velocity against")
     other = measured.yardstick
     compared = (f"{plain.error / held.error:.1f} times below the {other}" if 0 < held.error < plain.error else
                 f"not below the {other}" if held.error else "no error is left")

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from ..errors import WanLiteError
 
-Objective = Literal["velocity", "velocity + features", "trajectory"]
-OBJECTIVES: tuple[Objective, ...] = ("velocity", "velocity + features", "trajectory")
+Objective = Literal["velocity", "velocity + features", "trajectory", "distribution"]
+OBJECTIVES: tuple[Objective, ...] = ("velocity", "velocity + features", "trajectory", "distribution")
 MIN_UNITS = 16                  # rollouts a job caches at least, however few prompts there are and however few steps
 FEW_STEPS = 8                   # a teacher without cfg that takes no more is a few-step model
 HOLDOUT_PROMPTS = 8             # from this many prompts on, whole prompts are held out
@@ -19,9 +19,11 @@ class Recipe:
     """Expert settings of a job. Raises WanLiteError outside the ranges that make sense.
 
     objective: velocity KD alone, or with the teacher's block features (fading out over the job; needs the teacher in memory), or
-    trajectory KD: the average velocity between two of `student_steps` points of the teacher's path, which one Euler step then takes.
-    rank: 0 trains all weights; above, LoRA factors of this rank over the frozen start. own_states: share of the trajectory states
-    (but the first) that the student has come to by itself, from where it learns to go back to the teacher's path.
+    trajectory KD: the average velocity between two of `student_steps` points of the teacher's path, which one Euler step then takes, or
+    distribution matching, which goes on from the LoRA of a few-step student (see matching.py).
+    rank: 0 trains all weights; above, LoRA factors of this rank over the frozen start. own_states: share of the training states that
+    the student has come to by itself: with trajectory KD (where the first state is nobody's) it learns to go back to the teacher's path
+    from there; with velocity KD the teacher, which then stays in memory, is asked there at every step.
     learning_rate: AdamW's peak, after `warmup` steps, then a cosine to a tenth. batch_size: states a step. ema_decay: of the weights
     that are evaluated and kept. teacher_steps: Euler steps of a cached teacher rollout. renoised: share of the training states that are
     re-noised clean latents instead of states on the teacher's path. full_range: share of those whose sigma is uniform, not shifted.
@@ -30,7 +32,7 @@ class Recipe:
     objective: Objective = "velocity"
     rank: int = 0
     student_steps: int = 4
-    own_states: float = 0.5
+    own_states: float = 0.0
     learning_rate: float = 1e-4
     batch_size: int = 4
     warmup: int = 50
@@ -79,11 +81,14 @@ class DistillJob:
     def __post_init__(self) -> None:
         _check_ranges(self, {"cfg": (1, 100), "steps": (0, 10_000_000), "minutes": (0.1, 1e6), "shift": (0.01, 1000)})
         if self.trajectory and self.latents:
-            raise WanLiteError("The LATENT holds clips, and the objective is 'trajectory'.", "Trajectory KD follows the teacher's own rollouts.",
+            raise WanLiteError(f"The LATENT holds clips, and the objective is '{self.recipe.objective}'.", "A few-step student learns from the teacher's own clips.",
                                "Connect an empty LATENT of that size.")
         if self.trajectory and not self.fold_guidance:
-            raise WanLiteError("The objective is 'trajectory' and guidance is to be kept.", "A step of the teacher's guided path has guidance in it.",
+            raise WanLiteError(f"The objective is '{self.recipe.objective}' and guidance is to be kept.", "A step of the teacher's guided path has guidance in it.",
                                "Choose a preset that folds guidance in.")
+        if self.matching and not self.recipe.rank:
+            raise WanLiteError("The objective is 'distribution' and rank is 0.", "The student and its critic are adapters over one copy of the teacher.",
+                               "Set a rank, 64 for instance.")
         if self.sigmas is not None:
             path = self.sigmas
             if len(path) < 2 or path[-1] != 0 or not 0.999 < path[0] <= 1 or not all(a > b for a, b in zip(path, path[1:])):
@@ -98,7 +103,12 @@ class DistillJob:
     @property
     def trajectory(self) -> bool:
         """Whether the student learns steps of its own instead of the velocity at a point."""
-        return self.recipe.objective == "trajectory"
+        return self.recipe.objective in ("trajectory", "distribution")
+
+    @property
+    def matching(self) -> bool:
+        """Whether what it learns is the distribution of the teacher's clips, not the clips themselves."""
+        return self.recipe.objective == "distribution"
 
     @property
     def student_steps(self) -> int:
@@ -147,7 +157,9 @@ def differences(old: DistillJob, new: DistillJob) -> list[str]:
     if old.steps and new.steps:
         idle.add("minutes")
     if not old.trajectory and not new.trajectory:
-        idle |= {"recipe.student_steps", "recipe.own_states"}
+        idle.add("recipe.student_steps")
+    if old.matching and new.matching:
+        idle.add("recipe.own_states")
     if old.sigmas and new.sigmas:
         idle |= {"recipe.teacher_steps"} if not new.trajectory else {"recipe.student_steps"}
     return [f"{name}={before[name]}, not {after[name]}" for name in before if name not in idle and before[name] != after[name]]

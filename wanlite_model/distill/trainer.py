@@ -23,22 +23,22 @@ from ..compress.importance import tokens
 from ..errors import WanLiteError
 from ..formats.lora import Lora
 from ..prompts import PromptBank
-from ..teacher import Cond, Teacher, fingerprint_tensors, pad_together
+from ..teacher import Cond, Teacher, fingerprint_tensors, guided_pair, pad_together
 from . import objectives
-from .adapters import Adapters, fresh_factors
+from .begin import fresh_state, online_teacher
 from .checkpoint import RunFolder, TrainState
 from .data import Batch, TeacherCache, check_latents, plan_units, seeded, student_sigmas
 from .evaluate import Held, evaluate, roll, student_velocity
 from .events import Eval, Event, Sample, Saved, Stage, Step
+from .matching import Matching
 from .finish import PLAIN_CUT, Measured, finished_from_disk, write_finished
 from .job import DistillJob
-from .optim import WeightAverage, lr_at, make_optimizer
+from .optim import lr_at
 
 log = logging.getLogger(__name__)
 
 CACHE_SHARE = 0.4               # of a job's minutes may go into asking the teacher
 TOKENS_A_PASS = 8192            # of a batch that go through the student at once; more are accumulated
-CHECKPOINT_TOKENS = 2048        # from this sample size on, blocks are computed twice to save memory
 TIMED_STEPS = 3
 LEAST_STEPS = 10                # of a job that has minutes, however few they are
 
@@ -104,6 +104,9 @@ class Run:
         self.paths = self.cache.held_out_paths() if self.job.trajectory else None
         yield Stage(name="loading the student", done=0, total=1)
         self.state = self._fresh_state()
+        self.online = online_teacher(self.job, self.handle, self.teacher, self.state)
+        self.matching = None if self.state.critic is None else Matching(
+            job=self.job, state=self.state, critic=self.state.critic, teacher=self.online, prompts=self.prompts, cache=self.cache, at_once=TOKENS_A_PASS)
         self.plain, self.start = yield from self._baseline()
         resumed = self._restore()
         self.steps, self.every = yield from self._plan()
@@ -150,7 +153,7 @@ class Run:
             return TeacherCache(self.cache_root, self.job, plan_units(self.job, self.prompts, self.latents, units))
 
         noted = self.files.noted("units")
-        if self.job.steps == 0 and noted is None:
+        if self.job.steps == 0 and noted is None and not self.job.matching:
             whole = cache(None)
             affordable = len(whole.units)
             missing = next((group for group in whole.groups() if not all(map(whole.intact, group))), None)
@@ -162,7 +165,7 @@ class Run:
             noted = whole.affordable(affordable)
             self.files.note("units", noted)
         filled = cache(noted)
-        yield from self._ask(filled)
+        yield from self._ask(TeacherCache(self.cache_root, self.job, filled.held) if self.job.matching else filled)
         return filled
 
     def _ask(self, cache: TeacherCache) -> Iterator[Stage]:
@@ -171,26 +174,7 @@ class Run:
 
     @trains
     def _fresh_state(self) -> TrainState:
-        recipe, device = self.job.recipe, self.teacher.device
-        frozen = recipe.rank > 0
-        dtype = None if frozen and device.type == "cuda" else torch.float32      # autocast computes in half precision, the CPU does not
-        module = self.handle.load(dtype, device).train()
-        if tokens(self.job.shape) >= CHECKPOINT_TOKENS:
-            module.enable_gradient_checkpointing()
-        adapters, begin = None, self.start_from or Lora(factors={})
-        with torch.no_grad():
-            # What adapters cannot carry, or all of it where there are none, becomes part of the weights.
-            into = replace(begin, factors={}) if frozen else begin
-            own = module.state_dict()
-            for name, value in into.merged((name, own[name]) for name in into.touched()):
-                own[name].copy_(value)
-        if frozen:
-            module.requires_grad_(False)
-            fresh = fresh_factors(module, recipe.rank, seeded(self.job.train_seed, "adapters"))
-            adapters = Adapters(module, {**fresh, **begin.factors}, begin.diffs)
-        trained = dict(module.named_parameters()) if adapters is None else adapters.parameters
-        return TrainState(student=module, adapters=adapters, trained=trained, average=WeightAverage(trained, recipe.ema_decay),
-                          optimizer=make_optimizer(trained, recipe))
+        return fresh_state(self.job, self.handle, self.teacher, self.start_from)
 
     @trains
     def _restore(self) -> bool:
@@ -209,14 +193,14 @@ class Run:
         if noted is None:
             plain = start = yield from self._evaluate("evaluating the start")
             untouched = self.handle.same_as == self.teacher.fingerprint and not self.handle.loras
-            if self._is_cut() and not self.start_from and not untouched:
+            if self._is_cut() and not self.start_from and not untouched and not self.job.matching:
                 plain = yield from self._plain_cut()
             noted = {"plain_cut": asdict(plain), "start": asdict(start)}
             self.files.note("baseline", noted)
         return _held(noted["plain_cut"]), _held(noted["start"])
 
     def _yardstick(self) -> str:
-        if self.start_from:
+        if self.start_from or self.job.matching:
             return "LoRA as it was"
         if not self._is_cut():
             return "untrained student"
@@ -256,7 +240,7 @@ class Run:
                 for i in range(TIMED_STEPS):
                     yield Stage(name="measuring the speed", done=i, total=TIMED_STEPS)
                     begun = time.monotonic()
-                    float(self._backward(0, 1))             # a GPU's clock is read once it is done
+                    self._trial()
                     seconds.append(time.monotonic() - begun)
                 begun = time.monotonic()
                 yield from self._evaluate("measuring the speed")
@@ -305,23 +289,36 @@ class Run:
     @trains
     def _step(self) -> Step:
         """One optimizer step. Everything random in it is a function of (train_seed, step)."""
-        begun, state, recipe = time.monotonic(), self.state, self.job.recipe
-        state.optimizer.zero_grad(set_to_none=True)
-        loss = self._backward(state.step, self.steps)
-        norm = clip_grad_norm_(state.trained.values(), recipe.max_grad_norm)
-        if not torch.isfinite(loss + norm):
-            raise WanLiteError(f"The loss is not finite at step {state.step + 1}.", "The weights were left as they were before it.",
-                               "Lower the learning rate and type a new run name.")
-        lr = lr_at(state.step, self.steps, recipe)
+        begun, state = time.monotonic(), self.state
+        lr = lr_at(state.step, self.steps, self.job.recipe)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        state.optimizer.step()
+        for loss in self._backward(state.step, self.steps):
+            norm = clip_grad_norm_(state.trained.values(), self.job.recipe.max_grad_norm)
+            if not torch.isfinite(loss + norm):
+                raise WanLiteError(f"The loss is not finite at step {state.step + 1}.", "The weights were left as they were before it.",
+                                   "Lower the learning rate and type a new run name.")
+            state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
         state.average.update(state.step)
         state.step += 1
         return Step(step=state.step, total=self.steps, loss=float(loss), grad_norm=float(norm), lr=lr, seconds=time.monotonic() - begun)
 
     @trains
-    def _backward(self, step: int, total: int) -> Tensor:
+    def _trial(self) -> None:
+        """A step's work without moving a weight, to measure its speed."""
+        for loss in self._backward(0, 1):
+            float(loss)             # a GPU's clock is read once it is done
+            self.state.optimizer.zero_grad(set_to_none=True)
+
+    def _backward(self, step: int, total: int) -> Iterator[Tensor]:
+        """Gradients, once or (with a critic) several times: yields the loss of each, and the caller moves the weights."""
+        if self.matching is not None:
+            yield from self.matching.backward(step)
+        else:
+            yield self._learn(step, total)
+
+    def _learn(self, step: int, total: int) -> Tensor:
         """Gradients of one batch, in parts that fit; into which parts changes the velocity loss by rounding only. Returns the loss."""
         batch = self._rolled(self.cache.batch(step))
         contexts, targets = self._targets(batch, step)
@@ -343,17 +340,21 @@ class Run:
         """Takes those states that are to be the student's own as far as they are to be: their target leads back to the teacher's path."""
         if batch.rolled is None or not batch.rolled.any():
             return batch
-        x, v = batch.x.clone(), batch.v_pos.clone()
+        x, v, v_neg = batch.x.clone(), batch.v_pos.clone(), batch.v_neg
         rows = batch.rolled.nonzero().flatten()                                      # [R]
-        steps = batch.rolled[rows]
-        walk = roll(self.state.student, x[rows], student_sigmas(self.job)[:int(steps.max()) + 1], self.prompts,
-                    tuple(batch.prompts[row] for row in rows.tolist()), self.job)
+        steps, which = batch.rolled[rows], tuple(batch.prompts[row] for row in rows.tolist())
+        walk = roll(self.state.student, x[rows], student_sigmas(self.job)[:int(steps.max()) + 1], self.prompts, which, self.job)
         for done, reached in enumerate(walk, start=1):
             there = rows[steps == done]
             x[there] = reached[steps == done]
-        per_row = (slice(None), *[None] * (x.ndim - 1))
-        v[rows] = (batch.goal[rows] - x[rows]) / (batch.following - batch.sigma)[rows][per_row]
-        return replace(batch, x=x, v_pos=v)
+        if self.job.trajectory:
+            per_row = (slice(None), *[None] * (x.ndim - 1))
+            v[rows] = (batch.goal[rows] - x[rows]) / (batch.following - batch.sigma)[rows][per_row]
+        else:
+            negative = self.prompts.negative_cond(len(rows)) if self.job.guided else None
+            v[rows], found = guided_pair(self.online, x[rows], batch.sigma[rows], self.prompts.cond(which), negative)
+            v_neg = v_neg if found is None else v_neg.index_copy(0, rows, found)
+        return replace(batch, x=x, v_pos=v, v_neg=v_neg)
 
     def _forward(self, part: Batch, context: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         return student_velocity(self.state.student, part.x, part.sigma, context, features=[mine for mine, _ in self.pairs])
@@ -361,7 +362,7 @@ class Run:
     def _teacher_features(self, part: Batch, context: Tensor) -> dict[int, Tensor]:
         """{teacher block: what it hands on [B, N, D]}; the teacher is asked here and now, features are too large to keep on disk."""
         seen: dict[int, Tensor] = {}
-        self.teacher.velocity(part.x, part.sigma, Cond(context=context), taps={
+        self.online.velocity(part.x, part.sigma, Cond(context=context), taps={
             f"blocks.{its}": lambda _, answered, its=its: seen.update({its: answered.detach().clone()}) for _, its in self.pairs})
         return seen
 

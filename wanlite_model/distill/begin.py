@@ -1,0 +1,76 @@
+"""What a training begins with: the student in memory, what of it moves, and who is asked while it does."""
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..compress.handle import StudentHandle
+from ..compress.importance import tokens
+from ..errors import WanLiteError
+from ..formats.lora import Lora, read_lora
+from ..teacher import Teacher
+from ..transformer import WanLiteStudent
+from .adapters import Adapters, BaseTeacher, fresh_factors
+from .checkpoint import TrainState
+from .data import seeded
+from .job import DistillJob
+from .optim import WeightAverage, make_optimizer
+
+CHECKPOINT_TOKENS = 2048        # from this sample size on, blocks are computed twice to save memory
+
+
+def fresh_state(job: DistillJob, handle: StudentHandle, teacher: Teacher, start_from: Lora | None) -> TrainState:
+    """The state before the first step. Raises WanLiteError when the student is not one that the objective can go on from."""
+    begin, merged = start_from or Lora(factors={}), handle
+    if job.matching:
+        begin, merged = _few_step_lora(handle, teacher, start_from), replace(handle, loras=())
+    frozen = job.recipe.rank > 0
+    dtype = None if frozen and teacher.device.type == "cuda" else torch.float32      # autocast computes in half precision, the CPU does not
+    module = merged.load(dtype, teacher.device).train()
+    if tokens(job.shape) >= CHECKPOINT_TOKENS:
+        module.enable_gradient_checkpointing()
+    # What adapters cannot carry, or all of it where there are none, becomes part of the weights.
+    _merge(module, replace(begin, factors={}) if frozen else begin)
+    adapters, critic = _adapters(job, module, begin) if frozen else (None, None)
+    trained = dict(module.named_parameters()) if adapters is None else dict(adapters.parameters)
+    trained |= {} if critic is None else {f"critic.{name}": value for name, value in critic.parameters.items()}
+    return TrainState(student=module, adapters=adapters, critic=critic, trained=trained, average=WeightAverage(trained, job.recipe.ema_decay),
+                      optimizer=make_optimizer(trained, job.recipe))
+
+
+def _merge(module: WanLiteStudent, lora: Lora) -> None:
+    own = module.state_dict()
+    with torch.no_grad():
+        for name, value in lora.merged((name, own[name]) for name in lora.touched()):
+            own[name].copy_(value)
+
+
+def _adapters(job: DistillJob, module: WanLiteStudent, begin: Lora) -> tuple[Adapters, Adapters | None]:
+    """The student's over the frozen module, and a critic's where one is needed."""
+    module.requires_grad_(False)
+
+    def fresh(name: str) -> dict:
+        return fresh_factors(module, job.recipe.rank, seeded(job.train_seed, name))
+
+    adapters = Adapters(module, {**fresh("adapters"), **begin.factors}, begin.diffs)
+    return adapters, Adapters(module, fresh("critic"), enabled=False) if job.matching else None
+
+
+def _few_step_lora(handle: StudentHandle, teacher: Teacher, start_from: Lora | None) -> Lora:
+    """What distribution matching goes on from. Raises WanLiteError unless the student is its teacher with one LoRA over it."""
+    same, loras = handle.same_as == teacher.fingerprint, handle.loras
+    if not same or len(loras) + (start_from is not None) != 1:
+        raise WanLiteError("The student is not its teacher with one few-step LoRA over it.",
+                           "Distribution matching sharpens what a few-step preset made at the teacher's own size.",
+                           "Connect the student of such a run, or a student of the teacher's size and a few-step LoRA as start_from.")
+    return start_from or read_lora(Path(loras[0]), handle.config)
+
+
+def online_teacher(job: DistillJob, handle: StudentHandle, teacher: Teacher, state: TrainState) -> Teacher:
+    """Who is asked while it trains: the student's own frozen base where that is the teacher as it is, so that one copy serves both."""
+    merged = handle.loras and not job.matching
+    if state.adapters is None or state.adapters.diffs or merged or handle.same_as != teacher.fingerprint:
+        return teacher
+    return BaseTeacher(state.student, [part for part in (state.adapters, state.critic) if part], teacher)
