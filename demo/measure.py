@@ -35,7 +35,8 @@ def wilson(right: int, count: int) -> tuple[float, float]:
 @torch.inference_mode()
 def sample(model, prompts: Sequence[str], noise: torch.Tensor, steps: int, cfg: float, world: World = BALLS) -> torch.Tensor:
     """Latents [B, C, T, H, W] in processed space, by Euler along ComfyUI's `simple` schedule; cfg 1 makes one forward a step."""
-    positive, negative = words.context(list(prompts))[:, :16], words.context([world.negative])[:, :1].expand(len(prompts), -1, -1)
+    positive, negative = (context.to(noise.device) for context in (
+        words.context(list(prompts))[:, :16], words.context([world.negative])[:, :1].expand(len(prompts), -1, -1)))
 
     def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         wanted = model(x, flow.TIMESTEPS * sigma, positive)

@@ -35,7 +35,7 @@ class WanLiteRecipe(io.ComfyNode):
                              tooltip="trajectory and distribution: steps that the student is made for. 0: the preset's. Not used when SIGMAS are connected."),
                 io.Float.Input("own_states", default=-1.0, min=-1.0, max=1.0, step=0.05,
                                tooltip="Share of the training states that the student comes to by itself. trajectory: from there it learns to return to the "
-                                       "teacher's path. velocity: the teacher is asked there at every step, which takes time and memory. -1: the preset's."),
+                                       "teacher's path. velocity: the teacher is asked there at every step, which takes time and memory. Not used with 'distribution'. -1: the preset's."),
                 io.Float.Input("learning_rate", default=0.0, min=0.0, max=0.1, step=1e-7,
                                tooltip="Peak of AdamW's learning rate, reached after the warm-up; a cosine then lowers it to a tenth. 0: the preset's."),
                 io.Int.Input("batch_size", default=0, min=0, max=1024, tooltip="Training states a step. More is steadier and slower. 0: the preset's."),
@@ -49,12 +49,12 @@ class WanLiteRecipe(io.ComfyNode):
                                tooltip="How slowly the averaged weights follow, per step; the average is what is evaluated and kept. 0: no average. "
                                        "-1: the preset's."),
                 io.Int.Input("teacher_steps", default=0, min=0, max=1000,
-                             tooltip="Euler steps of the teacher's runs that are recorded to learn from; without 'trajectory' the student is meant for as "
+                             tooltip="Euler steps of the teacher's runs that are recorded; with 'velocity' the student is meant for as "
                                      "many. 0: the preset's. Not used when SIGMAS are connected."),
                 io.Float.Input("renoised", default=-1.0, min=-1.0, max=1.0, step=0.05,
                                tooltip="Share of the training states that are finished clips with fresh noise; the others are on the teacher's "
                                        "path. Each recorded run is noised again as often as this share asks for: 0.7 is 2.3 times for a step. -1: the "
-                                       "preset's. Not used with 'trajectory'."),
+                                       "preset's. Not used with 'trajectory' and 'distribution'."),
                 io.Float.Input("full_range", default=-1.0, min=-1.0, max=1.0, step=0.05,
                                tooltip="Share of those whose noise level is drawn evenly instead of by the shift, so that denoise below 1 works; with "
                                        "'trajectory', of states between the student's own steps. -1: the preset's."),

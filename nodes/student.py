@@ -39,7 +39,7 @@ class WanLiteCreateStudent(io.ComfyNode):
                                        "at once those that turn what they are fed the least (three passes over the states); 'interleaved' spreads "
                                        "them evenly (no time). Where that comes out better, it is what is taken. Not used with a keep-map."),
                 io.Int.Input("block_steps", default=0, min=0, max=100_000,
-                             tooltip="Steps for which each block after a removed one is trained by itself to do its work too, before any distillation: "
+                             tooltip="Steps for which each block, from the one before the first gap on, is trained by itself to do the work of those that are gone: "
                                      "one block at a time is on the card. 150 makes a far better start and takes minutes. 0: not at all."),
                 io.Combo.Input("refit", options=["none", "mean", "least squares"], default="none",
                                tooltip="Folds what the removed blocks added into the cross attention of the block after each gap, computed without "

@@ -25,6 +25,7 @@ from .table import table
 from .task import FIRST, Task
 
 HOME = ROOT / "output" / "benchmarks" / "quality"
+SECONDS = 5             # between looks at whether another row may begin
 QUICK_ROWS = ("teacher", "teacher, 4 steps", "plain cut", "no-cfg", "slim", "few-step 4")
 
 
@@ -100,11 +101,11 @@ def measure(tasks: list[Task], device: str) -> None:
         while todo or running:
             waiting = {task.folder for task in (*todo, *running.values())}
             for task in list(todo):
-                filling = {other.cache for other in running.values()} - filled
+                filling = {other.cache for other in running.values() if not other.has_asked} - filled
                 if len(running) < workers and not waiting & set(task.needs) and task.cache not in filling:     # nobody asks for what another asks for now
                     todo.remove(task)
                     running[pool.submit(work.settle, task, device)] = task
-            for done in wait(running, return_when=FIRST_COMPLETED).done:
+            for done in wait(running, timeout=SECONDS, return_when=FIRST_COMPLETED).done:
                 task, scores = running.pop(done), done.result()
                 filled.add(task.cache)
                 print(f"{time.strftime('%H:%M:%S')} {task.world} {task.seed} {task.row.name}: {scores['right']} of {scores['videos']} right, "

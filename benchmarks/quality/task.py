@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from ..teachers import WORLDS
 from .rows import Row
 
 FIRST = "balls"         # the world that LoRAs are carried from
@@ -19,6 +20,11 @@ class Task:
     seed: int
     videos: int
     home: Path
+
+    @property
+    def shared(self) -> Path:
+        """What rows, seeds and sizes of the table have in common: the teacher's answers, starts, and what is compared with."""
+        return self.home.parent / "shared" / self.world
 
     @property
     def folder(self) -> Path:
@@ -39,6 +45,12 @@ class Task:
         return [*(self.folder_of(name) for name in self.row.needs), *([self.source] if self.row.lora_of else [])]
 
     @property
+    def teacher(self) -> str:
+        """A hash of the world's teacher; empty before it is trained."""
+        file = WORLDS[self.world].teacher
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:8] if file.is_file() else ""
+
+    @property
     def cache(self) -> tuple | None:
         """Alike for tasks that ask the same teacher the same; None for those that ask nothing."""
         row, recipe = self.row, self.row.recipe
@@ -48,14 +60,25 @@ class Task:
         return self.world, self.seed, row.frames, row.of, asked, recipe.teacher_steps
 
     @property
+    def has_asked(self) -> bool:
+        """Whether its training has all of the teacher's answers: it plans its steps only then."""
+        return (self.folder / "run" / "plan.json").exists()
+
+    @property
     def key(self) -> str:
-        """A hash of all that decides the result, but for the code."""
-        return hashlib.sha256(json.dumps([asdict(self.row), self.world, self.seed, self.videos], default=str).encode()).hexdigest()[:16]
+        """A hash of all that decides the result, but for the code: the row, the teacher, and the keys of what the row needs."""
+        needed = [_noted(folder).get("key") for folder in self.needs]
+        told = [asdict(self.row), self.world, self.seed, self.videos, self.teacher, needed]
+        return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()[:16]
 
     def result(self) -> dict | None:
         """What was measured before, or None."""
-        try:
-            noted = json.loads((self.folder / "scores.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return noted["scores"] if noted["key"] == self.key else None
+        noted = _noted(self.folder)
+        return noted["scores"] if noted.get("key") == self.key else None
+
+
+def _noted(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

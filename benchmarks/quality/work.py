@@ -66,7 +66,8 @@ def teacher_of(world: World, device: str) -> WanLiteStudent:
 
 
 def reference_folder(task: Task) -> Path:
-    return task.home / task.world / f"reference-{world_of(task).latents[1]}"
+    """Named by the teacher too: another one is another reference."""
+    return task.shared / f"reference-{world_of(task).latents[1]}-{task.teacher}"
 
 
 def settle(task: Task, device: str) -> dict:
@@ -122,7 +123,7 @@ def train(task: Task, world: World, teacher: ModuleTeacher, device: str) -> tupl
     lora = read_lora(RunFolder(task.source / "run").lora, start.config) if row.lora_of else None
     job = DistillJob(student=start.fingerprint, teacher=teacher.fingerprint, prompts=bank.fingerprint, shape=world.latents, shift=world.shift,
                      cfg=cfg, steps=row.training, train_seed=task.seed, recipe=recipe, start_from="" if lora is None else lora_fingerprint(lora))
-    *_, end = run(job, task.folder / "run", task.home / task.world / "cache", teacher, start, bank, start_from=lora)
+    *_, end = run(job, task.folder / "run", task.shared / "cache", teacher, start, bank, start_from=lora)
     return end, seconds
 
 
@@ -141,7 +142,7 @@ def handle_of(task: Task, name: str) -> StudentHandle:
 
 def created(task: Task, world: World, teacher: ModuleTeacher, cfg: float) -> tuple[StudentHandle, float]:
     """The start, and the seconds that making it took when it was made."""
-    row, starts, begun = task.row, task.home / task.world / "starts", time.monotonic()
+    row, starts, begun = task.row, task.shared / "starts", time.monotonic()
     size = resized(teacher.config, row)
     making = create_student(teacher, world.bank(), world.latents, depth=size.num_layers, ffn_dim=size.ffn_dim, method=row.method,
                             refit=row.refit, block_steps=row.block_steps, seed=task.seed, cfg=cfg, folder=starts)

@@ -102,7 +102,8 @@ class Training:
         size, rank = memory.parameters(self.student.config), self.job.recipe.rank
         if not rank:
             return BYTES_A_PARAMETER * size + ACTIVATIONS
-        return FROZEN_BYTES * size + BYTES_A_PARAMETER * adapter_size(self.student.config, rank) + ACTIVATIONS
+        adapters = adapter_size(self.student.config, rank) * (2 if self.job.matching else 1)            # the critic has as many
+        return FROZEN_BYTES * size + BYTES_A_PARAMETER * adapters + ACTIVATIONS
 
     def _frame(self, latents: Tensor) -> Tensor:
         """The middle frame [H, W, 3] of a sample [1, C, T, H, W] in processed space."""

@@ -116,9 +116,62 @@ def test_the_students_gradient_vanishes_when_the_critic_says_what_the_teacher_sa
         assert matching._gradient(clips, setting.bank.cond(clips.prompts).context, draw).abs().max() > 1e-3
 
 
+def test_a_step_of_the_student_goes_to_where_the_teacher_is_and_away_from_the_critic(setting):
+    """The critic is told to see clips that are shifted by a constant: the gradient has its sign, and a step takes the clip the other way."""
+    running = Run(setting.job(setting.few, MATCH, cfg=1.0), RunFolder(setting.folder / "signs"), setting.folder / "cache", setting.teacher,
+                  setting.few, setting.bank, None, lambda: False, False)
+    setting.folder.joinpath("signs").mkdir()
+    next(event for event in running._work() if isinstance(event, Stage) and event.name == "evaluating the start")
+    matching, state, draw = running.matching, running.state, torch.Generator().manual_seed(0)
+    clips = matching._clips(draw)
+    context = setting.bank.cond(clips.prompts).context
+    for name, value in state.critic.parameters.items():
+        value.data.normal_(generator=torch.Generator().manual_seed(1)).mul_(0.1)
+    with torch.no_grad():
+        x, sigma, _ = matching._noised(clips.visited[-1], torch.Generator().manual_seed(5))
+        with state.adapters.switched(False), state.critic.switched(True):
+            fake = x - sigma.view(-1, 1, 1, 1, 1) * state.student(x, 1000 * sigma, context)
+        real = x - sigma.view(-1, 1, 1, 1, 1) * setting.teacher.velocity(x, sigma, setting.bank.cond(clips.prompts))
+        gradient = matching._gradient(clips, context, torch.Generator().manual_seed(5))
+        scale = (clips.visited[-1] - real).abs().mean((1, 2, 3, 4), keepdim=True)
+        torch.testing.assert_close(gradient, (fake - real) / scale, atol=1e-4, rtol=1e-3)
+    turn, sigmas = 0, torch.tensor([1.0, 0.6])
+    loss = matching._student_loss(clips, sigmas[0], turn, torch.Generator().manual_seed(5))
+    loss.backward()
+    with torch.no_grad():
+        before = state.student(clips.visited[0], 1000 * sigmas[:1].expand(len(context)), context)
+        for value in state.adapters.parameters.values():
+            value.data.add_(value.grad, alpha=-1e-3)
+        after = state.student(clips.visited[0], 1000 * sigmas[:1].expand(len(context)), context)
+    moved = (sigmas[1] - sigmas[0]) * (after - before)              # of the clip, by this step
+    assert float((moved * gradient).sum()) < 0
+    assert all(value.grad is None for value in state.critic.parameters.values())
+
+
+def test_a_step_that_broke_off_is_not_saved(setting, monkeypatch):
+    from wanlite_model.distill.matching import Matching
+    inner = Matching.backward
+
+    def breaks(self, step):
+        for number, loss in enumerate(inner(self, step)):
+            yield loss * (float("nan") if step == 2 and number == 2 else 1)
+
+    monkeypatch.setattr(Matching, "backward", breaks)
+    with pytest.raises(WanLiteError, match="not finite at step 3"):
+        setting.run(setting.few, MATCH, "broken")
+    assert not (setting.folder / "broken" / "checkpoint.safetensors").exists()
+    monkeypatch.setattr(Matching, "backward", inner)
+    setting.run(setting.few, MATCH, "broken")
+    setting.run(setting.few, MATCH, "never broken")
+    one, other = (load_file(setting.folder / name / "checkpoint.safetensors") for name in ("broken", "never broken"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_what_it_cannot_go_on_from_is_said_in_words(setting):
     with pytest.raises(WanLiteError, match="one few-step LoRA"):
         setting.run(setting.start, MATCH, "bare")
+    with pytest.raises(WanLiteError, match="made for 2 steps, and this job is for 3"):
+        setting.run(setting.few, dataclasses.replace(MATCH, student_steps=3), "other steps")
     with pytest.raises(WanLiteError, match="rank is 0"):
         setting.job(setting.few, dataclasses.replace(MATCH, rank=0))
 

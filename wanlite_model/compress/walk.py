@@ -78,4 +78,4 @@ def recorded(teacher: Teacher, probe: Probe, paths: Sequence[str], told: Progres
     taps = {path: lambda fed, answered, path=path: parts[path].append((fed if given else answered).detach().to("cpu", KEPT)) for path in paths}
     for _ in answers(lambda x, sigma, cond: teacher.velocity(x, sigma, cond, taps=taps), probe):
         yield told
-    return {path: torch.cat(found) for path, found in parts.items()}
+    return {path: torch.cat(parts.pop(path)) for path in paths}             # one at a time is there twice

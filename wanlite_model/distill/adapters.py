@@ -80,6 +80,8 @@ class BaseTeacher(ModuleTeacher):
         with ExitStack() as stack:
             for adapters in self.adapters:
                 stack.enter_context(adapters.switched(False))
+            # As the student is run: what the two differ in must not be rounding.
+            stack.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"))
             return super().velocity(*state, **asked)
 
 

@@ -132,7 +132,8 @@ class RunFolder:
                 told = json.loads(stored.metadata()["wanlite.state"])
                 for name, parameter in state.trained.items():
                     parameter.data.copy_(stored.get_tensor(f"student.{name}"))
-                    state.average.values[name].copy_(stored.get_tensor(f"average.{name}"))
+                    if name in state.average.values:
+                        state.average.values[name].copy_(stored.get_tensor(f"average.{name}"))
                     # Copies: what stays a view would keep the file mapped, and Windows then refuses to replace it.
                     moments = {key: stored.get_tensor(f"{key}.{name}").clone() for key in MOMENTS}
                     state.optimizer.state[parameter] = {key: value if key == "step" else value.to(parameter.device)

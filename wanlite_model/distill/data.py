@@ -220,13 +220,13 @@ class TeacherCache:
             if self.job.trajectory:
                 states.append(self._step_of(unit, *chances))
             else:
-                own = float(torch.rand((), generator=draw)) < self.job.recipe.own_states
+                own = float(torch.rand((), generator=draw)) < self.job.recipe.own_states and self.job.student_steps > 1
                 states.append(self._own(draw) if own else {**self._state(unit, self._drawn(*chances)), "rolled": torch.tensor([0])})
         return _collate(states, units)
 
     def _own(self, draw: torch.Generator) -> dict[str, Tensor]:
         """A state that the student is to come to from fresh noise in some of its own steps."""
-        steps = int(torch.randint(1, max(2, self.job.student_steps), (), generator=draw))
+        steps = int(torch.randint(1, self.job.student_steps, (), generator=draw))
         noise = torch.randn(1, *self.job.shape, generator=draw)
         unknown = {"v_pos": torch.zeros_like(noise), **({"v_neg": torch.zeros_like(noise)} if self.job.guided else {})}
         return {"x": noise, "sigma": student_sigmas(self.job)[steps:steps + 1], "rolled": torch.tensor([steps]), **unknown}

@@ -69,7 +69,8 @@ def _card(job: DistillJob, start: StudentHandle, teacher: Teacher, measured: Mea
     recipe |= {"cfg": job.cfg, "fold_guidance": int(job.fold_guidance), "train_steps": state.step, "train_seed": job.train_seed,
                "feature_kd": int(job.recipe.objective == "velocity + features"), "user_latents": int(bool(job.latents))}
     return card_for(teacher, start.plan, job.shape, steps=job.student_steps, cfg=job.student_cfg, recipe=recipe,
-                    measured={"held_out_error": measured.best.error, "plain_cut_error": measured.plain.error, "best_step": state.best_step})
+                    measured={"held_out_drift" if job.matching else "held_out_error": measured.best.error,
+                              **({} if job.matching else {"plain_cut_error": measured.plain.error}), "best_step": state.best_step})
 
 
 def _scheduler(job: DistillJob) -> str:
@@ -94,8 +95,8 @@ def _report(job: DistillJob, measured: Measured, state: TrainState, planned: int
     compared = (f"{plain.error / held.error:.1f} times below the {other}" if 0 < held.error < plain.error else
                 f"not below the {other}" if held.error else "no error is left")
     lines = [
-        f"Held-out error of its {what} {target}: {held.error:.4f} (start {started.error:.4f}, {other} {plain.error:.4f}): {compared}. 0 would be "
-        "the teacher itself.",
+        f"Held-out {'drift' if job.matching else 'error'} of its {what} {target}: {held.error:.4f} (start {started.error:.4f}, {other} {plain.error:.4f}): {compared}. 0 would be "
+        + ("that none is left." if job.matching else "the teacher itself."),
         on_what,
         "By sigma, from clean to noise: " + ", ".join("-" if math.isnan(b) else f"{b:.4f}" for b in held.buckets)
         + f" ({other} " + ", ".join("-" if math.isnan(b) else f"{b:.4f}" for b in plain.buckets) + ").",
@@ -103,7 +104,7 @@ def _report(job: DistillJob, measured: Measured, state: TrainState, planned: int
         f"Sample with euler, {_scheduler(job)}, {job.student_steps} steps, "
         f"cfg {job.student_cfg:g}, shift {job.shift:g}.",
     ]
-    if job.fold_guidance and job.guided:
+    if job.fold_guidance and job.guided and not job.trajectory:
         way = (f"{held.closure:.0%} of the way from the unguided to the guided teacher" if held.closure > 0 else
                "not yet, the unguided teacher is nearer to the guided one than this student is")
         lines.insert(3, f"Guidance folded in: {way}. The negative prompt has no effect on this student.")

@@ -62,22 +62,28 @@ class Matching:
             with self.state.adapters.switched(False), self.critic.switched(True):
                 loss = self._summed(clips, lambda part: self._critic_loss(part, draw))
             yield loss
-        turn = int(torch.randint(len(sigmas) - 1, (), generator=draw))
-        yield self._summed(clips, lambda part: self._student_loss(part, sigmas[turn:turn + 2], turn, draw))
+        # Of the clip, which is the sum of the steps, each step is as much as it is long: the long ones are drawn as much more often.
+        turn = int(torch.multinomial(sigmas.diff().abs(), 1, generator=draw))
+        yield self._summed(clips, lambda part: self._student_loss(part, sigmas[turn], turn, draw))
 
     def _clips(self, draw: torch.Generator) -> Clips:
         size, known = self.job.recipe.batch_size, self.cache.train
         which = tuple(known[i].prompt for i in torch.randint(len(known), (size,), generator=draw).tolist())
         noise = torch.randn(size, *self.job.shape, generator=draw)
-        walk = roll(self.state.student, noise, student_sigmas(self.job), self.prompts, which, self.job)
-        return Clips(visited=(noise, *walk), prompts=which)
+        walks = [list(roll(self.state.student, part, student_sigmas(self.job), self.prompts, of, self.job))
+                 for part, of in zip(noise.split(self._size), (which[i:i + self._size] for i in range(0, size, self._size)))]
+        return Clips(visited=(noise, *map(torch.cat, zip(*walks))), prompts=which)
+
+    @property
+    def _size(self) -> int:
+        """Clips that go through the student at once, and through the guided teacher twice each."""
+        return max(1, self.at_once // tokens(self.job.shape) // 2)
 
     def _summed(self, clips: Clips, loss_of: Callable[[Clips], Tensor]) -> Tensor:
         """The mean loss over the clips, in parts that fit, with its gradients."""
-        count, size = len(clips.prompts), max(1, self.at_once // tokens(self.job.shape))
-        summed = torch.zeros((), device=self.teacher.device)
-        for start in range(0, count, size):
-            part = clips[start:start + size]
+        count, summed = len(clips.prompts), torch.zeros((), device=self.teacher.device)
+        for start in range(0, count, self._size):
+            part = clips[start:start + self._size]
             loss = loss_of(part) * (len(part.prompts) / count)
             loss.backward()
             summed += loss.detach()
@@ -94,13 +100,13 @@ class Matching:
         v = student_velocity(self.state.student, x, sigma, self.prompts.cond(clips.prompts).context)
         return velocity_loss(v, target, target.square().mean()).mean()
 
-    def _student_loss(self, clips: Clips, sigmas: Tensor, turn: int, draw: torch.Generator) -> Tensor:
+    def _student_loss(self, clips: Clips, sigma: Tensor, turn: int, draw: torch.Generator) -> Tensor:
         """One of the student's steps takes the gradient, as far as the clip is the sum of its steps; what later steps make of it is left out."""
         context = self.prompts.cond(clips.prompts).context
         with torch.no_grad():
             gradient = self._gradient(clips, context, draw).to(self.teacher.device)
-        v = student_velocity(self.state.student, clips.visited[turn], sigmas[0].expand(len(context)), context)
-        moved = (sigmas[1] - sigmas[0]).to(v) * (v - v.detach())                     # zero, but for its gradient
+        v = student_velocity(self.state.student, clips.visited[turn], sigma.expand(len(context)), context)
+        moved = v.detach() - v                  # zero, but for its gradient: a step goes against the velocity
         return 0.5 * (moved + gradient).square().flatten(1).mean(1).mean()
 
     def _gradient(self, clips: Clips, context: Tensor, draw: torch.Generator) -> Tensor:

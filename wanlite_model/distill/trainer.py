@@ -85,7 +85,7 @@ class Run:
 
     def events(self) -> Iterator[Event]:
         self._check()
-        self.began = time.monotonic()
+        self.began, self.whole = time.monotonic(), True         # whole: the state is that after a step, not in one
         features = self.job.recipe.objective == "velocity + features"
         self.pairs = objectives.feature_pairs(self.handle.plan.keep, self.teacher.config.num_layers) if features else []
         with self.files.opened(self.job, {"teacher": self.teacher.name, "prompts": len(self.prompts)}):
@@ -153,20 +153,24 @@ class Run:
             return TeacherCache(self.cache_root, self.job, plan_units(self.job, self.prompts, self.latents, units))
 
         noted = self.files.noted("units")
-        if self.job.steps == 0 and noted is None and not self.job.matching:
-            whole = cache(None)
-            affordable = len(whole.units)
+        if self.job.steps == 0 and noted is None:
+            whole = self._asked(cache(None))
+            affordable, each_counts = len(whole.units), len(cache(None).units) / len(whole.units)
             missing = next((group for group in whole.groups() if not all(map(whole.intact, group))), None)
             if missing is not None:
                 begun = time.monotonic()
                 yield from self._ask(TeacherCache(self.cache_root, self.job, missing))
                 each = max(1e-3, (time.monotonic() - begun) / len(missing))
                 affordable = max(0, int((CACHE_SHARE * 60 * self.job.minutes - self._seconds()) / each))
-            noted = whole.affordable(affordable)
+            noted = int(whole.affordable(affordable) * each_counts)
             self.files.note("units", noted)
         filled = cache(noted)
-        yield from self._ask(TeacherCache(self.cache_root, self.job, filled.held) if self.job.matching else filled)
+        yield from self._ask(self._asked(filled))
         return filled
+
+    def _asked(self, cache: TeacherCache) -> TeacherCache:
+        """The units that the teacher is asked for: distribution matching learns from none of them, and is measured on those held out."""
+        return TeacherCache(self.cache_root, self.job, cache.held) if self.job.matching else cache
 
     def _ask(self, cache: TeacherCache) -> Iterator[Stage]:
         for done, total in cache.fill(self.teacher, self.prompts, self.latents):
@@ -240,7 +244,7 @@ class Run:
                 for i in range(TIMED_STEPS):
                     yield Stage(name="measuring the speed", done=i, total=TIMED_STEPS)
                     begun = time.monotonic()
-                    self._trial()
+                    self._trial(i)
                     seconds.append(time.monotonic() - begun)
                 begun = time.monotonic()
                 yield from self._evaluate("measuring the speed")
@@ -270,7 +274,7 @@ class Run:
                     saved, saved_at = state.step, time.monotonic()
                     yield Saved(step=state.step, bytes=size)
         finally:
-            if state.step > saved:
+            if state.step > saved and self.whole:
                 self.files.save(state)
 
     def _due(self) -> bool:
@@ -293,21 +297,22 @@ class Run:
         lr = lr_at(state.step, self.steps, self.job.recipe)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
+        self.whole = self.matching is None              # else the critic moves first
         for loss in self._backward(state.step, self.steps):
             norm = clip_grad_norm_(state.trained.values(), self.job.recipe.max_grad_norm)
             if not torch.isfinite(loss + norm):
-                raise WanLiteError(f"The loss is not finite at step {state.step + 1}.", "The weights were left as they were before it.",
+                raise WanLiteError(f"The loss is not finite at step {state.step + 1}.", "What is on disk is from before it.",
                                    "Lower the learning rate and type a new run name.")
             state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
         state.average.update(state.step)
-        state.step += 1
+        state.step, self.whole = state.step + 1, True
         return Step(step=state.step, total=self.steps, loss=float(loss), grad_norm=float(norm), lr=lr, seconds=time.monotonic() - begun)
 
     @trains
-    def _trial(self) -> None:
+    def _trial(self, step: int) -> None:
         """A step's work without moving a weight, to measure its speed."""
-        for loss in self._backward(0, 1):
+        for loss in self._backward(step, TIMED_STEPS):
             float(loss)             # a GPU's clock is read once it is done
             self.state.optimizer.zero_grad(set_to_none=True)
 
@@ -342,18 +347,18 @@ class Run:
             return batch
         x, v, v_neg = batch.x.clone(), batch.v_pos.clone(), batch.v_neg
         rows = batch.rolled.nonzero().flatten()                                      # [R]
-        steps, which = batch.rolled[rows], tuple(batch.prompts[row] for row in rows.tolist())
-        walk = roll(self.state.student, x[rows], student_sigmas(self.job)[:int(steps.max()) + 1], self.prompts, which, self.job)
-        for done, reached in enumerate(walk, start=1):
-            there = rows[steps == done]
-            x[there] = reached[steps == done]
-        if self.job.trajectory:
-            per_row = (slice(None), *[None] * (x.ndim - 1))
-            v[rows] = (batch.goal[rows] - x[rows]) / (batch.following - batch.sigma)[rows][per_row]
-        else:
-            negative = self.prompts.negative_cond(len(rows)) if self.job.guided else None
-            v[rows], found = guided_pair(self.online, x[rows], batch.sigma[rows], self.prompts.cond(which), negative)
-            v_neg = v_neg if found is None else v_neg.index_copy(0, rows, found)
+        for part in rows.split(max(1, TOKENS_A_PASS // tokens(self.job.shape) // 2)):      # a guided teacher takes two of each
+            steps, which = batch.rolled[part], tuple(batch.prompts[row] for row in part.tolist())
+            walk = roll(self.state.student, x[part], student_sigmas(self.job)[:int(steps.max()) + 1], self.prompts, which, self.job)
+            for done, reached in enumerate(walk, start=1):
+                x[part[steps == done]] = reached[steps == done]
+            if self.job.trajectory:
+                per_row = (slice(None), *[None] * (x.ndim - 1))
+                v[part] = (batch.goal[part] - x[part]) / (batch.following - batch.sigma)[part][per_row]
+            else:
+                negative = self.prompts.negative_cond(len(part)) if self.job.guided else None
+                v[part], found = guided_pair(self.online, x[part], batch.sigma[part], self.prompts.cond(which), negative)
+                v_neg = v_neg if found is None else v_neg.index_copy(0, part, found)
         return replace(batch, x=x, v_pos=v, v_neg=v_neg)
 
     def _forward(self, part: Batch, context: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
