@@ -70,10 +70,11 @@ def main() -> None:
     tasks = [Task(row=row, world=world, seed=seed, videos=of.videos, home=HOME / of.name) for seed in range(of.seeds) for world in of.worlds
              for row in wanted(of, world, given.rows or (QUICK_ROWS if given.quick else None)) if seed == 0 or row.recipe is not None]
     measure([*tasks, *sources(tasks, of)], given.device)
+    seconds = work.timed([task for task in tasks if task.seed == 0])
     for world in of.worlds:
         mine = [task for task in tasks if task.world == world]
         print(f"\n{world}, {of.seeds} seed{'s' * (of.seeds > 1)}, {of.videos} videos a row and seed, {given.device}\n")
-        print(table([(task.row, task.result()) for task in mine]))
+        print(table([(task.row, {**task.result(), **({"seconds": seconds[task]} if task in seconds else {})}) for task in mine]))
     print(f"\n{(time.monotonic() - begun) / 60:.1f} minutes")
 
 
@@ -91,7 +92,7 @@ def sources(tasks: Sequence[Task], of: Size) -> list[Task]:
 
 
 def measure(tasks: list[Task], device: str) -> None:
-    """Runs what has no result yet, as many at a time as there are cores (one on a GPU), each after what it needs; then times all in turn."""
+    """Runs what has no result yet, as many at a time as there are cores (one on a GPU), each after what it needs."""
     todo = [task for task in tasks if task.result() is None]
     workers = (os.cpu_count() or 1) if device == "cpu" else 1
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -110,7 +111,6 @@ def measure(tasks: list[Task], device: str) -> None:
                 filled.add(task.cache)
                 print(f"{time.strftime('%H:%M:%S')} {task.world} {task.seed} {task.row.name}: {scores['right']} of {scores['videos']} right, "
                       f"error {scores['error']:.4f}, {scores['train seconds']:.0f} s of training", flush=True)
-    work.time_all(tasks)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class Row:
     """One line. steps, cfg: how it is sampled. share, ffn: of the teacher's blocks and FFN. recipe: None is not trained at all; training: optimizer steps.
 
     method: of choosing blocks; "plain" is the plain cut. block_steps: of each block's own training before. refit: of what follows a gap.
-    after: the row whose student this one starts from. of: the row whose student is the teacher of this one (at its steps, without cfg).
+    after: the row whose student this one starts from. of: the row whose student is the teacher of this one (without cfg).
     lora_of: the row of the first world whose LoRA lies over the start. scratch: starts from random weights. frames: latent frames, None
     for the world's own.
     """
@@ -72,8 +72,8 @@ def trained(name: str, base: str, training: int, *, kind: Kind = "preset", **set
     recipe = replace(recipe, **{**sized, **changes})
     if not recipe.objective.startswith("velocity"):
         return Row(name=name, kind=kind, recipe=recipe, **{"training": training, "steps": recipe.student_steps, **settings})
-    recipe = replace(recipe, teacher_steps=PATH_STEPS)          # one cache for all of them
-    return Row(name=name, kind=kind, recipe=recipe, **{"training": training, "steps": PATH_STEPS, **settings})
+    recipe = replace(recipe, teacher_steps=changes.get("teacher_steps", PATH_STEPS))         # one cache for most of them
+    return Row(name=name, kind=kind, recipe=recipe, **{"training": training, "steps": recipe.teacher_steps, **settings})
 
 
 def slim(name: str, training: int, **settings: object) -> Row:
@@ -97,7 +97,7 @@ def rows(budget: Budget = SHORT) -> tuple[Row, ...]:
         trained("slim + few-step 4", "few-step 4", few, rank=0, after="slim", share=SLIM, learning_rate=1e-3),
         Row(name="teacher, one frame", kind="teacher", steps=TEACHER_STEPS, cfg=None, frames=1),
         trained("image", "image", heal, share=SLIM, block_steps=BLOCK_STEPS, frames=1),
-        slim("slim of few-step 4", heal, of="few-step 4"),
+        slim("slim of few-step 4", heal, of="few-step 4", teacher_steps=4),
     )
 
 

@@ -38,9 +38,9 @@ def cell(heading: str, found: Sequence[Scores]) -> str:
     if heading.startswith("by sigma"):
         return " ".join(number([s[f"error {b}/4"] for s in found], "{:.3f}") for b in range(1, 5))
     score, form = COLUMNS[heading]
-    values = [s.get(score, math.nan) for s in found]
+    values = [s[score] for s in found if score in s]        # seconds are of the first seed alone
     return number([value / 1e6 for value in values] if score == "parameters" else values, form)
 
 
 def number(values: Sequence[float], form: str) -> str:
-    return "-" if any(math.isnan(value) for value in values) else form.format(fmean(values))
+    return "-" if not values or any(math.isnan(value) for value in values) else form.format(fmean(values))

@@ -115,14 +115,14 @@ def plain(teacher: WanLiteStudent, row: Row) -> WanLiteStudent:
 def train(task: Task, world: World, teacher: ModuleTeacher, device: str) -> tuple[Finished, float]:
     """The row's student, from disk when an earlier call came to its end, and the seconds of making its start."""
     row, bank = task.row, world.bank()
-    cfg, recipe = world.cfg, row.recipe
+    cfg = world.cfg
     if row.of:
         module = handle_of(task, row.of).load(torch.float32, device)
-        teacher, cfg, recipe = ModuleTeacher(module, shift=world.shift), 1.0, replace(recipe, teacher_steps=4)
+        teacher, cfg = ModuleTeacher(module, shift=world.shift), 1.0
     start, seconds = started(replace(task, row=replace(row, lora_of="")), world, teacher, cfg)
     lora = read_lora(RunFolder(task.source / "run").lora, start.config) if row.lora_of else None
     job = DistillJob(student=start.fingerprint, teacher=teacher.fingerprint, prompts=bank.fingerprint, shape=world.latents, shift=world.shift,
-                     cfg=cfg, steps=row.training, train_seed=task.seed, recipe=recipe, start_from="" if lora is None else lora_fingerprint(lora))
+                     cfg=cfg, steps=row.training, train_seed=task.seed, recipe=row.recipe, start_from="" if lora is None else lora_fingerprint(lora))
     *_, end = run(job, task.folder / "run", task.shared / "cache", teacher, start, bank, start_from=lora)
     return end, seconds
 
@@ -162,16 +162,15 @@ def fresh(task: Task, world: World) -> StudentHandle:
     return StudentHandle.of(place)
 
 
-def time_all(tasks: list[Task]) -> None:
-    """Median seconds of a video through ComfyUI's own loader and sampler, warm, the rows of a world in turn; into each scores.json."""
+def timed(tasks: Sequence[Task]) -> dict[Task, float]:
+    """Median seconds of a video through ComfyUI's own loader and sampler, warm, all rows in turn: compared with each other they mean something."""
     open_comfyui()
     import comfy.sample
     import comfy.sd
     from comfy_extras.nodes_model_advanced import ModelSamplingSD3
-    todo = [task for task in tasks if "seconds" not in task.result()]
     opened = {task: ModelSamplingSD3().patch(comfy.sd.load_diffusion_model(str(task.folder / "student" / MODEL_FILE)), world_of(task).shift)[0]
-              for task in todo}
-    seconds: dict[Task, list[float]] = {task: [] for task in todo}
+              for task in tasks}
+    seconds: dict[Task, list[float]] = {task: [] for task in tasks}
     for turn in range(ROUNDS + 1):              # the first is not counted: it is cold
         for task, model in opened.items():
             world = world_of(task)
@@ -181,5 +180,4 @@ def time_all(tasks: list[Task]) -> None:
                                 [[words.context([prompt]), {}]], [[words.context([world.negative]), {}]],
                                 torch.zeros(1, *world.latents), disable_pbar=True)
             seconds[task].append(time.perf_counter() - begun)
-    for task, times in seconds.items():
-        write_json(task.folder / "scores.json", {"key": task.key, "scores": {**task.result(), "seconds": statistics.median(times[1:])}})
+    return {task: statistics.median(times[1:]) for task, times in seconds.items()}
