@@ -1,17 +1,13 @@
-"""Muon (Jordan et al. 2024) in fp32, a stack of equal matrices at a time.
-
-torch.optim.Muon orthogonalises in bf16, one matrix after another: on a CPU without bf16 units that costs more than the
-model's own forward and backward pass.
-"""
+"""Muon (Jordan et al. 2024) over several CPU cores, a stack of equal matrices at a time."""
 
 from collections import defaultdict
 
 import torch
 from torch import Tensor
 
-from .workers import COUNT, Workers
+from wanlite_model.distill.optim import orthogonal
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)       # Newton-Schulz, quintic
+from .workers import COUNT, Workers
 
 
 class Muon(torch.optim.Optimizer):
@@ -42,15 +38,3 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(matrix)
         state["momentum"].lerp_(matrix.grad, 1 - momentum)
         return matrix.grad.lerp(state["momentum"], momentum)        # Nesterov
-
-
-def orthogonal(matrices: Tensor) -> Tensor:
-    """[N, R, C] -> about the same with all singular values near 1."""
-    if matrices.shape[1] > matrices.shape[2]:
-        return orthogonal(matrices.mT).mT
-    a, b, c = _COEFFICIENTS
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-12)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x

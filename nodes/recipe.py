@@ -36,15 +36,18 @@ class WanLiteRecipe(io.ComfyNode):
                 io.Float.Input("own_states", default=-1.0, min=-1.0, max=1.0, step=0.05,
                                tooltip="Share of the training states that the student comes to by itself. trajectory: from there it learns to return to the "
                                        "teacher's path. velocity: the teacher is asked there at every step, which takes time and memory. Not used with 'distribution'. -1: the preset's."),
+                io.Combo.Input("optimizer", options=[AS_PRESET, "AdamW", "Muon"], default=AS_PRESET,
+                               tooltip="'Muon' moves the blocks' matrices in all directions alike, which can need fewer steps and holds one number a "
+                                       "weight less in memory; all else, and adapters, take AdamW."),
                 io.Float.Input("learning_rate", default=0.0, min=0.0, max=0.1, step=1e-7,
-                               tooltip="Peak of AdamW's learning rate, reached after the warm-up; a cosine then lowers it to a tenth. 0: the preset's."),
+                               tooltip="Peak of the learning rate, reached after the warm-up; a cosine then lowers it to a tenth. 0: the preset's."),
                 io.Int.Input("batch_size", default=0, min=0, max=1024, tooltip="Training states a step. More is steadier and slower. 0: the preset's."),
                 io.Int.Input("warmup", default=-1, min=-1, max=10_000,
                              tooltip="Steps until the peak learning rate, at most a fifth of all steps. -1: the preset's."),
                 io.Float.Input("max_grad_norm", default=0.0, min=0.0, max=1e3, step=1e-3,
                                tooltip="Gradients longer than this are shortened to it. 0: the preset's."),
                 io.Float.Input("weight_decay", default=-1.0, min=-1.0, max=1.0, step=1e-5,
-                               tooltip="AdamW's pull of the weights towards 0, a share of the learning rate per step. -1: the preset's."),
+                               tooltip="The optimizer's pull of the weights towards 0, a share of the learning rate per step. -1: the preset's."),
                 io.Float.Input("ema_decay", default=-1.0, min=-1.0, max=0.99999, step=1e-5,
                                tooltip="How slowly the averaged weights follow, per step; the average is what is evaluated and kept. 0: no average. "
                                        "-1: the preset's."),

@@ -11,7 +11,7 @@ from wanlite_model.distill import objectives
 from wanlite_model.distill.data import MOST_ROLLOUTS, REUSE, TeacherCache, latents_fingerprint, plan_units, state_counts
 from wanlite_model.distill.evaluate import evaluate
 from wanlite_model.distill.job import DistillJob, Recipe, differences
-from wanlite_model.distill.optim import WeightAverage, lr_at
+from wanlite_model.distill.optim import WeightAverage, lr_at, make_optimizer
 from wanlite_model.errors import WanLiteError
 from wanlite_model.teacher import guided_velocity
 
@@ -221,6 +221,29 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
     rates = [lr_at(step, 100, recipe) for step in range(100)]
     assert rates[0] == pytest.approx(1e-4) and rates[9] == pytest.approx(1e-3) and max(rates) == pytest.approx(1e-3)
     assert rates[-1] == pytest.approx(1e-4, rel=0.05) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_muon_steps_are_orthogonal_and_as_large_as_adamws():
+    draw = torch.Generator().manual_seed(0)
+    trained = {"blocks.0.ffn.0.weight": torch.nn.Parameter(torch.zeros(64, 16)), "blocks.1.ffn.0.weight": torch.nn.Parameter(torch.zeros(64, 16)),
+               "blocks.0.ffn.0.bias": torch.nn.Parameter(torch.zeros(64)), "head.head.weight": torch.nn.Parameter(torch.zeros(8, 16))}
+    for optimizer in ("AdamW", "Muon"):
+        moving = make_optimizer(trained, Recipe(optimizer=optimizer, learning_rate=0.01))
+        for value in trained.values():
+            value.data.zero_()
+            value.grad = torch.randn(value.shape, generator=draw)
+        moving.step()
+        sizes = {name: float(value.detach().square().mean().sqrt()) for name, value in trained.items()}
+        assert all(size == pytest.approx(0.01, rel=0.01) for name, size in sizes.items() if optimizer == "AdamW" or "ffn.0.weight" not in name)
+        spread = torch.linalg.svdvals(trained["blocks.1.ffn.0.weight"].detach())
+        if optimizer == "Muon":
+            assert 0.1 < sizes["blocks.0.ffn.0.weight"] / 0.01 < 0.3 and spread.min() > 0.5 * spread.max()
+        else:
+            assert spread.min() < 0.5 * spread.max()
+    trained["blocks.1.ffn.0.weight"].grad = None
+    before = trained["blocks.1.ffn.0.weight"].detach().clone()
+    moving.step()
+    assert torch.equal(trained["blocks.1.ffn.0.weight"], before)                     # what has no gradient stays
 
 
 def test_the_average_follows_the_weights_and_gives_them_back():

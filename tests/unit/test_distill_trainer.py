@@ -255,7 +255,8 @@ def test_minutes_become_steps_once_and_a_resumed_run_obeys(setting):
 @pytest.mark.parametrize("change", [
     {"recipe": {"learning_rate": 1e-3}}, {"recipe": {"batch_size": 2}}, {"recipe": {"warmup": 0}}, {"recipe": {"max_grad_norm": 0.01}},
     {"recipe": {"weight_decay": 0.5}}, {"recipe": {"ema_decay": 0.0}}, {"recipe": {"teacher_steps": 4}}, {"recipe": {"renoised": 0.0}},
-    {"recipe": {"renoised": 1.0}}, {"recipe": {"full_range": 1.0}}, {"recipe": {"objective": "velocity + features"}}, {"cfg": 1.0}, {"cfg": 6.0},
+    {"recipe": {"renoised": 1.0}}, {"recipe": {"full_range": 1.0}}, {"recipe": {"objective": "velocity + features"}}, {"recipe": {"optimizer": "Muon"}},
+    {"cfg": 1.0}, {"cfg": 6.0},
     {"fold_guidance": False}, {"sigmas": (1.0, 0.5, 0.0)}, {"train_seed": 1}, {"steps": 5},
 ], ids=str)
 def test_every_setting_that_decides_the_weights_changes_them(setting, change):
@@ -358,6 +359,21 @@ def test_an_adapter_run_trains_adapters_alone_and_hands_out_a_lora(setting):
     assert {"time_projection.1.weight", "head.head.weight", "blocks.0.ffn.0.weight"} <= changed
     assert end.evaluations[-1][1] < end.plain_cut
     assert list(setting.events(job, "lora"))[-1].handle == end.handle                # from disk
+
+
+def test_a_run_with_muon_goes_on_where_it_stopped_and_holds_one_moment_of_a_matrix(setting):
+    job = setting.job(recipe={"optimizer": "Muon"})
+    list(setting.events(job, "muon whole"))
+    until(setting.events(job, "muon halves"), lambda event: isinstance(event, Step) and event.step == 3)
+    list(setting.events(job, "muon halves"))
+    whole = setting.state("muon whole")
+    assert same(whole, setting.state("muon halves"))
+    twice = {name.removeprefix("exp_avg_sq.") for name in whole if name.startswith("exp_avg_sq.")}
+    once = {name.removeprefix("exp_avg.") for name in whole if name.startswith("exp_avg.")} - twice
+    assert once == {name for name in once | twice if name.startswith("blocks.") and name.endswith(".weight") and ".norm" not in name}
+    list(setting.events(setting.job(recipe={"optimizer": "Muon", "rank": 4}), "muon lora"))
+    list(setting.events(setting.job(recipe={"rank": 4}), "adamw lora"))
+    assert same(setting.state("muon lora"), setting.state("adamw lora"))             # adapters take AdamW, as the setting says
 
 
 def test_an_adapter_run_goes_on_where_it_stopped(setting):

@@ -22,7 +22,7 @@ from .adapters import Adapters
 from .job import DistillJob, differences
 from .optim import WeightAverage
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")     # torch's AdamW keeps these for each weight
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")     # AdamW keeps these for each weight, Muon the first and the last
 
 
 @dataclass
@@ -119,7 +119,7 @@ class RunFolder:
         tensors = {f"student.{name}": parameter.detach() for name, parameter in state.trained.items()}
         tensors |= {f"average.{name}": value for name, value in state.average.values.items()}
         for name, parameter in state.trained.items():
-            tensors |= {f"{key}.{name}": state.optimizer.state[parameter][key] for key in MOMENTS}
+            tensors |= {f"{key}.{name}": value for key, value in state.optimizer.state[parameter].items()}
         _write(self.checkpoint, tensors, {"wanlite.state": json.dumps({"step": state.step})})
         return self.checkpoint.stat().st_size
 
@@ -129,13 +129,13 @@ class RunFolder:
             return False
         try:
             with safe_open(self.checkpoint, "pt") as stored:
-                told = json.loads(stored.metadata()["wanlite.state"])
+                told, names = json.loads(stored.metadata()["wanlite.state"]), set(stored.keys())
                 for name, parameter in state.trained.items():
                     parameter.data.copy_(stored.get_tensor(f"student.{name}"))
                     if name in state.average.values:
                         state.average.values[name].copy_(stored.get_tensor(f"average.{name}"))
                     # Copies: what stays a view would keep the file mapped, and Windows then refuses to replace it.
-                    moments = {key: stored.get_tensor(f"{key}.{name}").clone() for key in MOMENTS}
+                    moments = {key: stored.get_tensor(f"{key}.{name}").clone() for key in MOMENTS if f"{key}.{name}" in names}
                     state.optimizer.state[parameter] = {key: value if key == "step" else value.to(parameter.device)
                                                         for key, value in moments.items()}
         except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:

@@ -9,6 +9,7 @@ from ..errors import WanLiteError
 
 Objective = Literal["velocity", "velocity + features", "trajectory", "distribution"]
 OBJECTIVES: tuple[Objective, ...] = ("velocity", "velocity + features", "trajectory", "distribution")
+OPTIMIZERS = ("AdamW", "Muon")
 MIN_UNITS = 16                  # rollouts a job caches at least, however few prompts there are and however few steps
 FEW_STEPS = 8                   # a teacher without cfg that takes no more is a few-step model
 HOLDOUT_PROMPTS = 8             # from this many prompts on, whole prompts are held out
@@ -24,7 +25,7 @@ class Recipe:
     rank: 0 trains all weights; above, LoRA factors of this rank over the frozen start. own_states: share of the training states that
     the student has come to by itself: with trajectory KD (where the first state is nobody's) it learns to go back to the teacher's path
     from there; with velocity KD the teacher, which then stays in memory, is asked there at every step.
-    learning_rate: AdamW's peak, after `warmup` steps, then a cosine to a tenth. batch_size: states a step. ema_decay: of the weights
+    optimizer: "Muon" for the matrices of the blocks (with adapters, and for all else, it is AdamW). learning_rate: the peak, after `warmup` steps, then a cosine to a tenth. batch_size: states a step. ema_decay: of the weights
     that are evaluated and kept. teacher_steps: Euler steps of a cached teacher rollout. renoised: share of the training states that are
     re-noised clean latents instead of states on the teacher's path. full_range: share of those whose sigma is uniform, not shifted.
     evaluations: how often the held-out error is measured. save_every: minutes between checkpoints.
@@ -33,6 +34,7 @@ class Recipe:
     rank: int = 0
     student_steps: int = 4
     own_states: float = 0.0
+    optimizer: Literal["AdamW", "Muon"] = "AdamW"
     learning_rate: float = 1e-4
     batch_size: int = 4
     warmup: int = 50
@@ -48,6 +50,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise WanLiteError(f"objective is {self.objective!r}.", f"WanLite knows {' and '.join(map(repr, OBJECTIVES))}.")
+        if self.optimizer not in OPTIMIZERS:
+            raise WanLiteError(f"optimizer is {self.optimizer!r}.", f"WanLite knows {' and '.join(map(repr, OPTIMIZERS))}.")
         ranges = {"rank": (0, 4096), "student_steps": (1, 100), "own_states": (0, 1), "learning_rate": (1e-7, 0.1), "batch_size": (1, 1024), "warmup": (0, 10_000), "max_grad_norm": (1e-3, 1e3),
                   "weight_decay": (0, 1), "ema_decay": (0, 0.99999), "teacher_steps": (1, 1000), "renoised": (0, 1),
                   "full_range": (0, 1), "evaluations": (1, 1000), "save_every": (0.1, 1e6)}
@@ -158,6 +162,8 @@ def differences(old: DistillJob, new: DistillJob) -> list[str]:
         idle.add("minutes")
     if not old.trajectory and not new.trajectory:
         idle.add("recipe.student_steps")
+    if old.recipe.rank and new.recipe.rank:
+        idle.add("recipe.optimizer")
     if old.matching and new.matching:
         idle.add("recipe.own_states")
     if old.sigmas and new.sigmas:
