@@ -19,6 +19,7 @@ import torch
 from demo.comfy_path import ROOT
 
 from . import work
+from ..swapped import SWAPPED
 from ..teachers import WORLDS
 from .rows import LONG, QUICK, SHORT, Budget, Row, ablations, chosen, moved, rows
 from .table import table
@@ -40,7 +41,7 @@ class Size:
 
     def rows(self, world: str) -> tuple[Row, ...]:
         """All that there is of a world at this size."""
-        if world == "swapped":
+        if world == SWAPPED.name:
             return moved(self.budget)
         return (*rows(self.budget), *(ablations() if self.name == "full" else ()))
 

@@ -30,9 +30,9 @@ from .checkpoint import RunFolder, TrainState
 from .data import Batch, TeacherCache, check_latents, plan_units, seeded, student_sigmas
 from .evaluate import Held, evaluate, roll, student_velocity
 from .events import Eval, Event, Sample, Saved, Stage, Step
-from .matching import Matching
 from .finish import PLAIN_CUT, Measured, finished_from_disk, write_finished
 from .job import DistillJob
+from .matching import Matching
 from .optim import lr_at
 
 log = logging.getLogger(__name__)
@@ -154,8 +154,9 @@ class Run:
 
         noted = self.files.noted("units")
         if self.job.steps == 0 and noted is None:
-            whole = self._asked(cache(None))
-            affordable, each_counts = len(whole.units), len(cache(None).units) / len(whole.units)
+            planned = cache(None)
+            whole = self._asked(planned)
+            affordable, each_counts = len(whole.units), len(planned.units) / len(whole.units)
             missing = next((group for group in whole.groups() if not all(map(whole.intact, group))), None)
             if missing is not None:
                 begun = time.monotonic()
