@@ -105,7 +105,7 @@ SETTINGS: dict[Path, dict[str, Any]] = {
         "note": _TINY_NOTE, "teacher": "wan_tiny_teacher.safetensors", "vae": "wan_tiny_vae.safetensors", "name": STUDENT,
         "shift": domain.SHIFT, "cfg": domain.CFG, "steps": 6, "size": (domain.SIZE, domain.SIZE, domain.FRAMES), "fps": 8.0,
         "text": {"prompts": ("WanLiteEncodePrompts", 1, {"bank": f"input/{BANK}"})},
-        "recipe": {"learning_rate": 2e-3, "batch_size": 16, "teacher_steps": 6, "renoised": 0.7, "evaluations": 4},
+        "recipe": {"learning_rate": 5e-3, "batch_size": 16, "teacher_steps": 6, "renoised": 0.7, "evaluations": 4},
         "job": {"steps": 800}, "overwrite": True, "compare": {"teacher_cfg": domain.CFG, "student_steps": 6, "clips": 4},
     },
     REAL: {

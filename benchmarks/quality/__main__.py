@@ -1,7 +1,8 @@
 """How good the students are: `python -m benchmarks.quality [--quick | --full]` from the repository's root, one table.
 
 --quick: one seed, 64 videos a row, a taste of training. Default: one seed, 256 videos, baselines and presets. --full: three seeds, 1,024
-videos, more training, ablations, a second world that nothing was tuned on, and the first one's teacher changed; on a GPU, or overnight. --rows names some rows alone.
+videos, more training, ablations (256 videos each: their errors decide), a second world that nothing was tuned on, and the first one's teacher
+changed; on a GPU, or overnight. --rows names some rows alone.
 What was trained and measured stays in output/benchmarks/quality: the same command goes on where it was stopped.
 """
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .task import FIRST, Task
 
 HOME = ROOT / "output" / "benchmarks" / "quality"
 SECONDS = 5             # between looks at whether another row may begin
+ABLATION_VIDEOS = 256
 QUICK_ROWS = ("teacher", "teacher, 4 steps", "plain cut", "no-cfg", "slim", "few-step 4")
 
 
@@ -38,6 +40,9 @@ class Size:
     seeds: int
     budget: Budget
     worlds: tuple[str, ...] = ("balls",)
+
+    def videos_of(self, row: Row) -> int:
+        return min(self.videos, ABLATION_VIDEOS) if row.kind == "ablation" else self.videos
 
     def rows(self, world: str) -> tuple[Row, ...]:
         """All that there is of a world at this size."""
@@ -68,13 +73,13 @@ def main() -> None:
     if unknown := set(given.rows or ()) - known:
         parser.error(f"there is no row {', '.join(sorted(unknown))}; there are: {', '.join(sorted(known))}")
     begun = time.monotonic()
-    tasks = [Task(row=row, world=world, seed=seed, videos=of.videos, home=HOME / of.name) for seed in range(of.seeds) for world in of.worlds
+    tasks = [Task(row=row, world=world, seed=seed, videos=of.videos_of(row), home=HOME / of.name) for seed in range(of.seeds) for world in of.worlds
              for row in wanted(of, world, given.rows or (QUICK_ROWS if given.quick else None)) if seed == 0 or row.recipe is not None]
     measure([*tasks, *sources(tasks, of)], given.device)
     seconds = work.timed([task for task in tasks if task.seed == 0])
     for world in of.worlds:
         mine = [task for task in tasks if task.world == world]
-        print(f"\n{world}, {of.seeds} seed{'s' * (of.seeds > 1)}, {of.videos} videos a row and seed, {given.device}\n")
+        print(f"\n{world}, {of.seeds} seed{'s' * (of.seeds > 1)}, {of.videos} videos a row and seed (ablations {min(of.videos, ABLATION_VIDEOS)}), {given.device}\n")
         print(table([(task.row, {**task.result(), **({"seconds": seconds[task]} if task in seconds else {})}) for task in mine]))
     print(f"\n{(time.monotonic() - begun) / 60:.1f} minutes")
 

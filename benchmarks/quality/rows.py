@@ -13,12 +13,12 @@ Kind = Literal["teacher", "baseline", "preset", "ablation"]
 SLIM, NARROW = 2 / 3, 5 / 8     # of the blocks, of the FFN
 # What a tiny WAN needs in place of the presets' values for real ones, the same for every row and every world.
 TINY = {"learning_rate": 2e-3, "batch_size": 16, "evaluations": 4}
-TINY_HEALED = {**TINY, "learning_rate": 1e-3}       # blocks that were trained by themselves are hurt by more
+TINY_MUON = {**TINY, "learning_rate": 5e-3}
 TINY_LORA = {**TINY, "learning_rate": 4e-3}
 TINY_SHARPENED = {"learning_rate": 1e-3, "batch_size": 16, "evaluations": 5, "ema_decay": 0.98}
 TEACHER_STEPS, PATH_STEPS = 30, 6        # of the teacher as it is sampled, and of the paths that velocities are learned on
 BLOCK_STEPS = 150
-BASELINE_MORE = 1.15            # steps of the plain baseline to one of slim's, whose start takes time as well
+BASELINE_MORE = 1.15            # steps of the plain baseline to one of slim's, which take longer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +29,7 @@ class Budget:
     few: int
 
 
-QUICK, SHORT, LONG = Budget(heal=120, fold=60, few=60), Budget(heal=800, fold=400, few=400), Budget(heal=2400, fold=1600, few=400)
+QUICK, SHORT, LONG = Budget(heal=120, fold=60, few=60), Budget(heal=800, fold=400, few=400), Budget(heal=2400, fold=2400, few=400)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +68,7 @@ def trained(name: str, base: str, training: int, *, kind: Kind = "preset", **set
     """A row of a preset at this size. settings: of the row, and of its recipe."""
     changes = {key: settings.pop(key) for key in tuple(settings) if key in Recipe.__dataclass_fields__}
     recipe = replace(PRESETS[base].recipe, **changes)
-    sized = TINY_LORA if recipe.rank else TINY_HEALED if settings.get("block_steps") else TINY
+    sized = TINY_LORA if recipe.rank else TINY_MUON if recipe.optimizer == "Muon" else TINY
     recipe = replace(recipe, **{**sized, **changes})
     if not recipe.objective.startswith("velocity"):
         return Row(name=name, kind=kind, recipe=recipe, **{"training": training, "steps": recipe.student_steps, **settings})
@@ -77,7 +77,7 @@ def trained(name: str, base: str, training: int, *, kind: Kind = "preset", **set
 
 
 def slim(name: str, training: int, **settings: object) -> Row:
-    return trained(name, "slim", training, **{"share": SLIM, "block_steps": BLOCK_STEPS, **settings})
+    return trained(name, "slim", training, **{"share": SLIM, **settings})
 
 
 def rows(budget: Budget = SHORT) -> tuple[Row, ...]:
@@ -88,15 +88,15 @@ def rows(budget: Budget = SHORT) -> tuple[Row, ...]:
         *(Row(name=f"teacher, {steps} steps{'' if cfg is None else ', no cfg'}", kind="baseline", steps=steps, cfg=cfg)
           for steps in (8, 4) for cfg in (None, 1.0)),
         Row(name="plain cut", kind="baseline", steps=PATH_STEPS, share=SLIM, method="plain"),
-        slim("from scratch", heal, kind="baseline", scratch=True, block_steps=0),
-        slim("plain baseline", round(BASELINE_MORE * heal), kind="baseline", method="interleaved", block_steps=0),
+        slim("from scratch", heal, kind="baseline", scratch=True),
+        slim("plain baseline", round(BASELINE_MORE * heal), kind="baseline", method="interleaved", optimizer="AdamW"),
         trained("no-cfg", "no-cfg", fold, steps=TEACHER_STEPS),
         slim("slim", heal),
         trained("few-step 8", "few-step 8", few),
         trained("few-step 4", "few-step 4", few),
-        trained("slim + few-step 4", "few-step 4", few, rank=0, after="slim", share=SLIM, learning_rate=1e-3),
+        trained("slim + few-step 4", "few-step 4", few, rank=0, after="slim", share=SLIM, optimizer="Muon"),
         Row(name="teacher, one frame", kind="teacher", steps=TEACHER_STEPS, cfg=None, frames=1),
-        trained("image", "image", heal, share=SLIM, block_steps=BLOCK_STEPS, frames=1),
+        trained("image", "image", heal, share=SLIM, frames=1),
         slim("slim of few-step 4", heal, of="few-step 4", teacher_steps=4),
     )
 
@@ -124,12 +124,12 @@ def ablations() -> tuple[Row, ...]:
         cut("cut: greedy, mean folded", refit="mean"), cut("cut: greedy, least squares", refit="least squares"),
         cut("cut: greedy, block-wise", block_steps=BLOCK_STEPS),
         cut("narrow: first neurons", share=1.0, ffn=NARROW, method="plain"), cut("narrow: chosen and refitted", share=1.0, ffn=NARROW),
-        healed(""), healed(", not block-wise", block_steps=0), healed(", interleaved", method="interleaved"),
-        healed(", spaced", method="spaced"), healed(", least squares, not block-wise", refit="least squares", block_steps=0),
+        healed(""), healed(", AdamW", optimizer="AdamW"), healed(", block-wise", block_steps=BLOCK_STEPS), healed(", interleaved", method="interleaved"),
+        healed(", spaced", method="spaced"), healed(", least squares", refit="least squares"),
         healed(", with features", objective="velocity + features"), healed(", own states", own_states=0.25),
         healed(", path alone", renoised=0.0), healed(", no full range", full_range=0.0), healed(", LoRA", rank=64),
-        folded(""), folded(", all weights", rank=0), folded(", own states", own_states=0.25), folded(", path alone", renoised=0.0),
-        stepped(", no own states", own_states=0.0), stepped(", all weights", rank=0), stepped(", the teacher's own 4 steps", teacher_steps=4),
+        folded(""), folded(", all weights", rank=0, optimizer="Muon"), folded(", own states", own_states=0.25), folded(", path alone", renoised=0.0),
+        stepped(", no own states", own_states=0.0), stepped(", all weights", rank=0, optimizer="Muon"), stepped(", the teacher's own 4 steps", teacher_steps=4),
         stepped("", steps=16, teacher_steps=16),
         stepped(" + distribution", objective="distribution", after="few-step 4", training=100, **TINY_SHARPENED),
     )

@@ -1,6 +1,8 @@
 """Trains and measures one row, in a process of its own."""
 from __future__ import annotations
 
+import json
+import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -123,8 +125,16 @@ def train(task: Task, world: World, teacher: ModuleTeacher, device: str) -> tupl
     lora = read_lora(RunFolder(task.source / "run").lora, start.config) if row.lora_of else None
     job = DistillJob(student=start.fingerprint, teacher=teacher.fingerprint, prompts=bank.fingerprint, shape=world.latents, shift=world.shift,
                      cfg=cfg, steps=row.training, train_seed=task.seed, recipe=row.recipe, start_from="" if lora is None else lora_fingerprint(lora))
+    forget_another(job, task.folder / "run")
     *_, end = run(job, task.folder / "run", task.shared / "cache", teacher, start, bank, start_from=lora)
     return end, seconds
+
+
+def forget_another(job: DistillJob, folder: Path) -> None:
+    """Takes a run away that trained something else when the row meant something else."""
+    noted = RunFolder(folder).noted("job")
+    if noted is not None and noted["job"] != json.loads(json.dumps(job.to_json())):
+        shutil.rmtree(folder)
 
 
 def started(task: Task, world: World, teacher: ModuleTeacher, cfg: float) -> tuple[StudentHandle, float]:

@@ -25,7 +25,7 @@ from .latents import shape_of, training_latents
 from .runtime import Bar, drive, log
 from .teacher import ComfyTeacher
 
-BYTES_A_PARAMETER = 24          # fp32: weights, gradients, AdamW's two moments and its temporary, the average
+BYTES_A_PARAMETER = {"AdamW": 24, "Muon": 17}       # fp32: weights, gradients, average; AdamW's two moments and its temporary, or Muon's one moment and a little
 FROZEN_BYTES = 2                # of a parameter under adapters
 ACTIVATIONS = 2 * 2**30
 LOADING = "loading the student"
@@ -101,9 +101,9 @@ class Training:
     def _bytes(self) -> int:
         size, rank = memory.parameters(self.student.config), self.job.recipe.rank
         if not rank:
-            return BYTES_A_PARAMETER * size + ACTIVATIONS
+            return BYTES_A_PARAMETER[self.job.recipe.optimizer] * size + ACTIVATIONS
         adapters = adapter_size(self.student.config, rank) * (2 if self.job.matching else 1)            # the critic has as many
-        return FROZEN_BYTES * size + BYTES_A_PARAMETER * adapters + ACTIVATIONS
+        return FROZEN_BYTES * size + BYTES_A_PARAMETER["AdamW"] * adapters + ACTIVATIONS
 
     def _frame(self, latents: Tensor) -> Tensor:
         """The middle frame [H, W, 3] of a sample [1, C, T, H, W] in processed space."""

@@ -1,5 +1,6 @@
 """The quality table: its rows hold together, its scores mean what they say, and the second world's judge reads what was rendered."""
 import dataclasses
+import json
 import math
 import random
 
@@ -8,12 +9,14 @@ import pytest
 import torch
 
 from benchmarks.bars import BARS, adherence, read
-from benchmarks.quality import score
+from benchmarks.quality import score, work
+from benchmarks.quality.__main__ import FULL_SIZE, QUICK_SIZE
 from benchmarks.quality.rows import ablations, chosen, moved, rows
 from benchmarks.quality.table import table
 from benchmarks.quality.task import Task
 from benchmarks.swapped import SWAPPED, swapped
 from demo.world import BALLS
+from wanlite_model.distill.job import DistillJob
 from wanlite_model.distill.presets import PRESETS
 
 
@@ -37,6 +40,22 @@ def test_a_result_is_known_again_only_for_the_same_row(tmp_path):
     for changed in ({"videos": 9}, {"row": dataclasses.replace(first, steps=29)}):
         assert dataclasses.replace(task, **changed).result() is None
     assert dataclasses.replace(task, row=second).folder != task.folder != dataclasses.replace(task, seed=1).folder
+
+
+def test_what_a_row_trained_is_forgotten_only_when_it_would_train_something_else_now(tmp_path):
+    job = DistillJob(student="s", teacher="t", prompts="p", shape=(16, 3, 8, 8), shift=5.0, cfg=4.0, steps=10)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "job.json").write_text(json.dumps({"job": job.to_json()}))
+    work.forget_another(job, tmp_path / "run")
+    assert (tmp_path / "run").exists()
+    work.forget_another(dataclasses.replace(job, steps=11), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    work.forget_another(job, tmp_path / "run")
+
+
+def test_ablations_are_judged_on_fewer_videos():
+    by_kind = {row.kind: FULL_SIZE.videos_of(row) for row in FULL_SIZE.rows("balls")}
+    assert by_kind == {"teacher": 1024, "baseline": 1024, "preset": 1024, "ablation": 256} and QUICK_SIZE.videos_of(ablations()[0]) == 64
 
 
 def test_the_table_puts_seeds_together():
