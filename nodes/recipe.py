@@ -53,14 +53,15 @@ class WanLiteRecipe(io.ComfyNode):
                                        "-1: the preset's."),
                 io.Int.Input("teacher_steps", default=0, min=0, max=1000,
                              tooltip="Euler steps of the teacher's runs that are recorded; with 'velocity' the student is meant for as "
-                                     "many. 0: the preset's. Not used when SIGMAS are connected."),
+                                     "many; with 'trajectory' each of its steps is made of several of these. 0: the preset's. With SIGMAS connected, 'velocity' "
+                                     "takes theirs."),
                 io.Float.Input("renoised", default=-1.0, min=-1.0, max=1.0, step=0.05,
                                tooltip="Share of the training states that are finished clips with fresh noise; the others are on the teacher's "
                                        "path. Each recorded run is noised again as often as this share asks for: 0.7 is 2.3 times for a step. -1: the "
                                        "preset's. Not used with 'trajectory' and 'distribution'."),
                 io.Float.Input("full_range", default=-1.0, min=-1.0, max=1.0, step=0.05,
-                               tooltip="Share of those whose noise level is drawn evenly instead of by the shift, so that denoise below 1 works; with "
-                                       "'trajectory', of states between the student's own steps. -1: the preset's."),
+                               tooltip="Share of the training states whose noise level is drawn evenly instead of by the shift, so that denoise below 1 works (they "
+                                       "are re-noised ones: no more than 'renoised'); with 'trajectory', of states between the student's own steps. -1: the preset's."),
                 io.Int.Input("evaluations", default=0, min=0, max=1000,
                              tooltip="How often, in the whole job, the error on held-out states is measured; the best weights are kept. 0: the preset's."),
                 io.Float.Input("save_every", default=0.0, min=0.0, max=1e6, step=0.1,

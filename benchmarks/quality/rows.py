@@ -34,7 +34,7 @@ QUICK, SHORT, LONG = Budget(heal=120, fold=60, few=60), Budget(heal=800, fold=40
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One line. steps, cfg: how it is sampled. share, ffn: of the teacher's blocks and FFN. recipe: None is not trained at all; training: optimizer steps.
+    """One line. steps, cfg: how it is sampled; a student that is sampled with the world's cfg was trained to keep guidance. share, ffn: of the teacher's blocks and FFN. recipe: None is not trained at all; training: optimizer steps.
 
     method: of choosing blocks; "plain" is the plain cut. block_steps: of each block's own training before. refit: of what follows a gap.
     after: the row whose student this one starts from. of: the row whose student is the teacher of this one (without cfg).
@@ -85,17 +85,21 @@ def rows(budget: Budget = SHORT) -> tuple[Row, ...]:
     heal, fold, few = budget.heal, budget.fold, budget.few
     return (
         Row(name="teacher", kind="teacher", steps=TEACHER_STEPS, cfg=None),
+        Row(name="teacher, no cfg", kind="baseline", steps=TEACHER_STEPS),
         *(Row(name=f"teacher, {steps} steps{'' if cfg is None else ', no cfg'}", kind="baseline", steps=steps, cfg=cfg)
-          for steps in (8, 4) for cfg in (None, 1.0)),
+          for steps in (8, PATH_STEPS, 4) for cfg in (None, 1.0)),
         Row(name="plain cut", kind="baseline", steps=PATH_STEPS, share=SLIM, method="plain"),
         slim("from scratch", heal, kind="baseline", scratch=True),
         slim("plain baseline", round(BASELINE_MORE * heal), kind="baseline", method="interleaved", optimizer="AdamW"),
         trained("no-cfg", "no-cfg", fold, steps=TEACHER_STEPS),
         slim("slim", heal),
+        trained("keep-cfg", "keep-cfg", heal, share=SLIM, cfg=None),
         trained("few-step 8", "few-step 8", few),
         trained("few-step 4", "few-step 4", few),
-        trained("slim + few-step 4", "few-step 4", few, rank=0, after="slim", share=SLIM, optimizer="Muon"),
+        trained("slim + few-step 4", "few-step 4", few, after="slim", share=SLIM),
         Row(name="teacher, one frame", kind="teacher", steps=TEACHER_STEPS, cfg=None, frames=1),
+        Row(name="teacher, one frame, 8 steps", kind="baseline", steps=8, cfg=None, frames=1),
+        Row(name="plain cut, one frame", kind="baseline", steps=8, share=SLIM, method="plain", frames=1),
         trained("image", "image", heal, share=SLIM, frames=1),
         slim("slim of few-step 4", heal, of="few-step 4", teacher_steps=4),
     )
@@ -130,6 +134,7 @@ def ablations() -> tuple[Row, ...]:
         healed(", path alone", renoised=0.0), healed(", no full range", full_range=0.0), healed(", LoRA", rank=64),
         folded(""), folded(", all weights", rank=0, optimizer="Muon"), folded(", own states", own_states=0.25), folded(", path alone", renoised=0.0),
         stepped(", no own states", own_states=0.0), stepped(", all weights", rank=0, optimizer="Muon"), stepped(", the teacher's own 4 steps", teacher_steps=4),
+        trained("slim + few-step 4, all weights", "few-step 4", few, kind="ablation", rank=0, optimizer="Muon", after="slim", share=SLIM),
         stepped("", steps=16, teacher_steps=16),
         stepped(" + distribution", objective="distribution", after="few-step 4", training=100, **TINY_SHARPENED),
     )

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -174,9 +175,11 @@ def drawn(model: WanLiteStudent, reference: Reference, vae: Vae, steps: int, cfg
 
 
 def clip_scores(reference: Reference, clips: np.ndarray, varied: np.ndarray) -> dict[str, float]:
-    """Adherence (a count), PSNR in dB, and ratios to the teacher's clips of sharpness, motion, saturation and diversity between seeds."""
+    """Adherence (a count, and a share of the prompts that no student was trained on), PSNR in dB, and ratios to the teacher's clips of sharpness, motion, saturation and diversity between seeds."""
     world = reference.world
-    return {"right": sum(right(world, clip, prompt) for clip, (prompt, _) in zip(clips, reference.pairs)), "videos": len(clips),
+    verdicts = [(right(world, clip, prompt), prompt in world.held_out) for clip, (prompt, _) in zip(clips, reference.pairs)]
+    return {"right": sum(well for well, _ in verdicts), "videos": len(clips),
+            "right, held out": fmean(well for well, held in verdicts if held) if any(held for _, held in verdicts) else math.nan,
             **compared(clips, reference.clips), "diversity": spread(varied) / spread(reference.varied)}
 
 

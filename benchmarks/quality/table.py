@@ -13,7 +13,7 @@ Scores = Mapping[str, float]
 
 # heading: (score, how it is written). Ratios are to the teacher's clips from the same noise.
 COLUMNS = {
-    "error": ("error", "{:.4f}"), "by sigma, clean to noise": ("", ""), "closure": ("closure", "{:.3f}"), "PSNR": ("psnr", "{:.1f}"),
+    "held out": ("right, held out", "{:.3f}"), "error": ("error", "{:.4f}"), "by sigma, clean to noise": ("", ""), "closure": ("closure", "{:.3f}"), "PSNR": ("psnr", "{:.1f}"),
     "sharp": ("sharpness", "{:.2f}"), "motion": ("motion", "{:.2f}"), "satur.": ("saturation", "{:.2f}"), "divers.": ("diversity", "{:.2f}"),
     "4x frames": ("error, 4x frames", "{:.3f}"), "wide": ("error, wide", "{:.3f}"), "tall": ("error, tall", "{:.3f}"),
     "M param.": ("parameters", "{:.2f}"), "forwards": ("evaluations", "{:.0f}"), "s / video": ("seconds", "{:.2f}"),

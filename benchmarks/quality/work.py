@@ -124,7 +124,7 @@ def train(task: Task, world: World, teacher: ModuleTeacher, device: str) -> tupl
     start, seconds = started(replace(task, row=replace(row, lora_of="")), world, teacher, cfg)
     lora = read_lora(RunFolder(task.source / "run").lora, start.config) if row.lora_of else None
     job = DistillJob(student=start.fingerprint, teacher=teacher.fingerprint, prompts=bank.fingerprint, shape=world.latents, shift=world.shift,
-                     cfg=cfg, steps=row.training, train_seed=task.seed, recipe=row.recipe, start_from="" if lora is None else lora_fingerprint(lora))
+                     cfg=cfg, fold_guidance=row.cfg is not None, steps=row.training, train_seed=task.seed, recipe=row.recipe, start_from="" if lora is None else lora_fingerprint(lora))
     forget_another(job, task.folder / "run")
     *_, end = run(job, task.folder / "run", task.shared / "cache", teacher, start, bank, start_from=lora)
     return end, seconds

@@ -31,6 +31,7 @@ VERSION = 3
 STORED = torch.float16          # rounding 2**-11 of a latent: far below what a student gets wrong
 REUSE = 4                       # times a state is trained on: more teaches it by heart, fewer asks the teacher too much
 MOST_ROLLOUTS = 4               # of one prompt: they take disk as well as time
+MOST_SHORT = 12                 # of a few-step teacher's, which are short
 MOST_RENOISED = 0.75            # share up to which a unit holds more re-noised states for it; each takes a forward
 
 
@@ -128,10 +129,11 @@ def _wanted(job: DistillJob, items: int) -> int:
     """How many units are worth having, were there time: each prompt once, and so many that no state has to be trained on over and over."""
     if job.matching:
         return max(MIN_UNITS, items)            # to measure on alone: what it learns from is its own
+    most = items * (MOST_SHORT if job.grid_only else MOST_ROLLOUTS)
     if job.steps == 0:
-        return max(MIN_UNITS, MOST_ROLLOUTS * items)
+        return max(MIN_UNITS, most)
     drawn = job.steps * job.recipe.batch_size
-    return max(MIN_UNITS, min(items, drawn), min(MOST_ROLLOUTS * items, -(-drawn // (REUSE * sum(state_counts(job))))))
+    return max(MIN_UNITS, min(items, drawn), min(most, -(-drawn // (REUSE * sum(state_counts(job))))))
 
 
 def _prompt_of(item: int, prompts: PromptBank) -> int:
@@ -141,7 +143,7 @@ def _prompt_of(item: int, prompts: PromptBank) -> int:
 def _keys(job: DistillJob, prompts: PromptBank, latents: Tensor | None) -> Callable[[int, int], str]:
     """(index, item) -> the name of that unit: a hash of everything that decides the answers in it."""
     negative = _digest(prompts.negative) if job.guided else None
-    asked = "path" if job.trajectory else (job.recipe.full_range, state_counts(job))
+    asked = "path" if job.trajectory else (_uniform_share(job), state_counts(job))
     shared = (VERSION, job.teacher, job.shift, job.shape, job.cfg, rollout_sigmas(job).tolist(), asked, job.train_seed, negative)
 
     @functools.cache
@@ -298,6 +300,8 @@ def state_counts(job: DistillJob) -> tuple[int, int]:
         return job.path_steps, 0
     if job.latents:
         return 0, job.path_steps
+    if job.grid_only:
+        return job.path_steps, 0            # it is asked what it was made to answer, and more often
     share = min(job.recipe.renoised, MOST_RENOISED)
     return job.path_steps, 0 if share == 0 else max(1, round(job.path_steps * share / (1 - share)))
 
@@ -354,7 +358,12 @@ def _renoised_sigmas(job: DistillJob, count: int, draw: torch.Generator) -> Tens
     if job.grid_only:
         grid = rollout_sigmas(job)[:-1]
         return grid[torch.randint(len(grid), (count,), generator=draw)]
-    return flow.sample_sigma(count, job.shift, job.recipe.full_range, draw)
+    return flow.sample_sigma(count, job.shift, _uniform_share(job), draw)
+
+
+def _uniform_share(job: DistillJob) -> float:
+    """Of the re-noised states, so that the recipe's share of all states comes to a sigma that is drawn evenly."""
+    return min(1.0, job.recipe.full_range / (1.0 if job.latents else max(job.recipe.renoised, 1e-6)))
 
 
 def _collate(states: Sequence[dict[str, Tensor]], units: Sequence[Unit]) -> Batch:

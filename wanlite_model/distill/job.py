@@ -27,7 +27,8 @@ class Recipe:
     from there; with velocity KD the teacher, which then stays in memory, is asked there at every step.
     optimizer: "Muon" for the matrices of the blocks (with adapters, and for all else, it is AdamW). learning_rate: the peak, after `warmup` steps, then a cosine to a tenth. batch_size: states a step. ema_decay: of the weights
     that are evaluated and kept. teacher_steps: Euler steps of a cached teacher rollout. renoised: share of the training states that are
-    re-noised clean latents instead of states on the teacher's path. full_range: share of those whose sigma is uniform, not shifted.
+    re-noised clean latents instead of states on the teacher's path. full_range: share of the training states whose sigma is uniform, not
+    shifted (of re-noised ones: no more than those); with trajectory KD, of states between the student's own steps.
     evaluations: how often the held-out error is measured. save_every: minutes between checkpoints.
     """
     objective: Objective = "velocity"
@@ -119,7 +120,10 @@ class DistillJob:
         """Steps that the student is meant to be sampled with."""
         if self.sigmas is not None:
             return len(self.sigmas) - 1
-        return self.recipe.student_steps if self.trajectory else self.recipe.teacher_steps
+        if not self.trajectory:
+            return self.recipe.teacher_steps
+        few = not self.guided and self.recipe.teacher_steps <= FEW_STEPS         # such a teacher knows nothing of a finer path than its own
+        return min(self.recipe.student_steps, self.recipe.teacher_steps) if few else self.recipe.student_steps
 
     @property
     def grid_only(self) -> bool:

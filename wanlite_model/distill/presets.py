@@ -25,5 +25,5 @@ PRESETS = {
     "image": Preset(told="text to image, for a LATENT of one frame: 8 steps at cfg 1, all weights trained, so that the student may have fewer blocks",
                     frames=1, recipe=Recipe(objective="trajectory", optimizer="Muon", learning_rate=5e-5, student_steps=8, teacher_steps=16, own_states=0.5)),
     "keep-cfg": Preset(told="heals a student that goes on running with cfg and a negative prompt", fold_guidance=False,
-                       recipe=Recipe(optimizer="Muon", learning_rate=5e-5)),
+                       recipe=Recipe(optimizer="Muon", learning_rate=5e-5, renoised=0.7)),
 }
