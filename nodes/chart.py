@@ -18,8 +18,8 @@ def loss_map(losses: Sequence[float]) -> dict[str, list[float]]:
     return {"loss": values if len(set(values)) > 1 else [*values, math.nextafter(values[-1], math.inf)]}
 
 
-def picture(losses: Sequence[float], evaluations: Sequence[tuple[int, float]], plain_cut: float) -> Any:
-    """IMAGE [1, H, W, 3]: training loss, held-out error at each evaluation, and the plain cut's error as a line, on a logarithmic scale."""
+def picture(losses: Sequence[float], evaluations: Sequence[tuple[int, float]], plain_cut: float, yardstick: str) -> Any:
+    """IMAGE [1, H, W, 3]: training loss, held-out error at each evaluation, and the yardstick's error as a line, on a logarithmic scale."""
     import numpy
     import torch
     from PIL import Image, ImageDraw
@@ -37,7 +37,7 @@ def picture(losses: Sequence[float], evaluations: Sequence[tuple[int, float]], p
     _line(draw, [place(*point) for point in marks], ERROR, 3)
     for x, y in (place(*point) for point in marks):
         draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill=ERROR)
-    _legend(draw, curve, marks, cut)
+    _legend(draw, curve, marks, cut, yardstick)
     return torch.from_numpy(numpy.asarray(canvas, dtype="float32") / 255).unsqueeze(0)
 
 
@@ -80,11 +80,11 @@ def _line(draw: Any, points: list[tuple[float, float]], colour: tuple[int, int, 
         draw.line(points, fill=colour, width=width, joint="curve")
 
 
-def _legend(draw: Any, curve: list, marks: list, cut: list) -> None:
+def _legend(draw: Any, curve: list, marks: list, cut: list, yardstick: str) -> None:
     entries = [(FAINT, f"training loss {curve[-1][1]:.3g}" if curve else "no training loss"),
                (ERROR, f"held-out error, best {min(e for _, e in marks):.3g}" if marks else "not evaluated"),
-               (CUT, f"plain cut {cut[0]:.3g} (same size, untrained)" if cut else "no plain cut")]
-    draw.text((LEFT, 16), "Relative squared velocity error against the teacher; lower is better", fill=INK, font=_font(22))
+               (CUT, f"{yardstick} {cut[0]:.3g}" if cut else f"no {yardstick}")]
+    draw.text((LEFT, 16), "Relative squared error against the teacher; lower is better", fill=INK, font=_font(22))
     x = LEFT
     for colour, text in entries:
         draw.rectangle((x, 62, x + 26, 70), fill=colour)

@@ -23,7 +23,8 @@ class WanLiteCompare(io.ComfyNode):
             inputs=[
                 io.Model.Input("teacher", tooltip="The MODEL that the others are compared with."),
                 io.Model.Input("student", tooltip="The student's MODEL, with its shift, from WanLite Distill or WanLite Load Student."),
-                io.Model.Input("third", optional=True, tooltip="One more MODEL, for instance the untrained start."),
+                io.Model.Input("third", optional=True, tooltip="One more MODEL, for instance the teacher with a speed LoRA that you "
+                                                                "would take otherwise."),
                 Prompts.Input("prompts", tooltip="The first of these prompts are sampled."),
                 io.Vae.Input("vae", tooltip="WAN's VAE, which turns latents into pictures."),
                 io.Latent.Input("latent", tooltip="Tells the size and the number of frames; its content is not used."),

@@ -71,5 +71,5 @@ class WanLiteDistill(io.ComfyNode):
         finished = training.run(folders.output_folder("runs") / run_name, folders.output_folder("cache"), cls.hidden.unique_id)
         report = "\n".join((finished.report, *training.notes))
         trained = open_student(finished.handle, model if finished.handle.same_as == training.teacher.fingerprint else None)
-        chart = picture(finished.losses, finished.evaluations, finished.plain_cut)
+        chart = picture(finished.losses, finished.evaluations, finished.plain_cut, finished.yardstick)
         return io.NodeOutput(finished.handle, trained, loss_map(finished.losses), report, chart, ui=told("Distill", report))

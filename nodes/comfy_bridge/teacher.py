@@ -31,7 +31,7 @@ BY_CHANNELS = {36: "image-to-video (I2V)", 48: "Fun Control", 32: "Fun Camera"}
 class ComfyTeacher:
     """Answers with ComfyUI's own forward, offloaded or not, LoRA patches applied; the MODEL itself is not changed.
 
-    `notes` says what of the MODEL was left out. Raises WanLiteError when it is not a WAN text-to-video model, or carries something that
+    `left_out` says what of the MODEL it does not carry, `notes` that and what else a user should know. Raises WanLiteError when it is not a WAN text-to-video model, or carries something that
     changes what its forward means (see patches.py).
     """
 
@@ -42,6 +42,7 @@ class ComfyTeacher:
         self.shift = _shift(self._model)
         self.device: torch.device = self._model.load_device
         self.name = f"WAN {self.config.model_type}, {self.config.num_layers} blocks of {self.config.dim}"
+        self.left_out = notes
         self.notes = (*notes, *_never_applied(self._model), *_expert(self.config))
         self._reserved = 0
         self._asked: tuple[Tensor, Tensor] | None = None

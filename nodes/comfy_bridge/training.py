@@ -84,7 +84,7 @@ class Training:
             elif isinstance(event, Step):
                 bar.show("training", event.step, event.total)
             elif isinstance(event, Eval):
-                log.info("WanLite: step %d, held-out error %.4f (plain cut %.4f)%s", event.step, event.held.error, event.plain_cut.error,
+                log.info("WanLite: step %d, held-out error %.4f (to compare: %.4f)%s", event.step, event.held.error, event.plain_cut.error,
                          ", the best so far" if event.best else "")
             elif isinstance(event, Sample):
                 bar.preview(self._frame(event.latents))

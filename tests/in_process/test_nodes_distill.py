@@ -163,6 +163,25 @@ def test_another_wan_can_be_the_student(comfyui, distil, pack):
     assert student.config.dim == 256 and model.model.diffusion_model.dim == 256 and "untrained student" in report
 
 
+def test_another_wan_takes_a_lora_of_its_own_and_comes_back_when_saved(comfyui, distil, pack):
+    """Larger than its teacher in every way; a LoRA that it learned lies over the file that it was loaded from."""
+    nodes, given = pack("nodes.student"), stranger(comfyui, pack, hidden_size=256, depth=5, ffn_dim=512)
+    settings = call(pack("nodes.recipe").WanLiteRecipe, rank=4, learning_rate=2e-3, teacher_steps=2, evaluations=2)[0]
+    student, *_ = distil("stranger-lora", student=given, recipe=settings, steps=10)
+    name, report = call(nodes.WanLiteSaveStudent, student=student, name="stranger-lora", format="LoRA", dtype="bf16", overwrite=False)
+    assert name == "stranger-lora.safetensors" and "verified: ComfyUI's LoRA loader opened it" in report
+    saved, _ = call(nodes.WanLiteSaveStudent, student=student, name="stranger-whole", format="folder", dtype="bf16", overwrite=False)
+    again = pack("wanlite_model.compress.handle").StudentHandle.of(comfyui.base / "models/diffusion_models/stranger-whole")
+    assert again.config == student.config and again.plan.keep == (0, 1, 2, 3, 4)
+
+
+def test_a_student_that_is_its_teacher_is_not_taught_what_it_knows(teacher, distil, pack, refused):
+    same, _ = call(pack("nodes.student").WanLiteCreateStudent, model=teacher, prompts=BANK, latent=LATENT, preset="same size")
+    for name, given in {"unguided": {"preset": "no-cfg", "cfg": 1.0}, "kept": {"preset": "keep-cfg"}}.items():
+        with refused("asked for what that does already"):
+            distil(name, student=same, **given)
+
+
 def test_a_wan_of_other_latents_is_refused_at_once(comfyui, distil, pack, refused):
     with refused("48 latent channels and the teacher 16"):
         distil("other-latents", student=stranger(comfyui, pack, num_channels=48, depth=2, ffn_dim=128))
@@ -244,7 +263,9 @@ def test_a_speed_lora_can_be_what_training_starts_from(comfyui, teacher, distil,
     node = pack("nodes.recipe").WanLiteRecipe
     settings = {"rank": 2, "learning_rate": 2e-3, "teacher_steps": 2, "evaluations": 1}
     assert {"none", "speed.safetensors"} <= set(next(w for w in node.GET_SCHEMA().inputs if w.id == "start_from").options)
-    student, _, _, report, _ = distil("healed", student=same, preset="no-cfg", recipe=call(node, start_from="speed.safetensors", **settings)[0], steps=20)
-    assert "LoRA as it was" in report and student.loras
+    for preset in ("no-cfg", "few-step 4"):
+        healing = call(node, start_from="speed.safetensors", **settings)[0]
+        student, _, _, report, _ = distil(f"healed-{preset}", student=same, preset=preset, recipe=healing, steps=20)
+        assert "times below the LoRA as it was" in report and student.loras and student.card.cfg == 1.0, report
     with refused("is no LoRA for a WAN"):
         distil("foreign", student=same, preset="no-cfg", recipe=call(node, start_from="foreign.safetensors", **settings)[0])

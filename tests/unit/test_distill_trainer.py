@@ -16,7 +16,8 @@ from wanlite_model.compress.handle import StudentHandle
 from wanlite_model.distill.checkpoint import RunFolder
 from wanlite_model.distill.events import Eval, Finished, Sample, Saved, Stage, Step
 from wanlite_model.distill.job import DistillJob, Recipe
-from wanlite_model.distill.trainer import Run, lora_fingerprint, run
+from wanlite_model.distill.optim import Muon
+from wanlite_model.distill.trainer import TIMED_STEPS, Run, lora_fingerprint, run
 from wanlite_model.errors import WanLiteError
 from wanlite_model.formats.lora import Factors, Lora
 from wanlite_model.prompts import PromptBank
@@ -252,6 +253,21 @@ def test_minutes_become_steps_once_and_a_resumed_run_obeys(setting):
     assert first.total == again.total >= 10 and again.step == 2
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, Muon])
+def test_the_speed_is_that_of_whole_steps_and_measuring_it_moves_nothing(setting, kind, monkeypatch):
+    rates, exact = [], kind.step
+    monkeypatch.setattr(kind, "step", lambda self, *given: rates.append(self.param_groups[0]["lr"]) or exact(self, *given))
+    job = setting.job(steps=0, minutes=0.1, recipe={"optimizer": kind.__name__})
+    running = Run(job, RunFolder(setting.folder / f"measured {kind.__name__}"), setting.folder / "cache", setting.teacher, setting.student, setting.bank,
+                  None, lambda: False, False)
+    with closing(running.events()) as working:
+        next(event for event in working if isinstance(event, Stage) and event.name == "evaluating the start")
+        before = {name: value.detach().clone() for name, value in running.state.trained.items()}
+        next(event for event in working if isinstance(event, Stage) and event.name == "measuring the speed" and event.total != TIMED_STEPS)
+        assert rates == [0.0] * TIMED_STEPS and not running.state.optimizer.state
+        assert all(torch.equal(before[name], value) for name, value in running.state.trained.items())
+
+
 @pytest.mark.parametrize("change", [
     {"recipe": {"learning_rate": 1e-3}}, {"recipe": {"batch_size": 2}}, {"recipe": {"warmup": 0}}, {"recipe": {"max_grad_norm": 0.01}},
     {"recipe": {"weight_decay": 0.5}}, {"recipe": {"ema_decay": 0.0}}, {"recipe": {"teacher_steps": 4}}, {"recipe": {"renoised": 0.0}},
@@ -425,9 +441,10 @@ def test_with_velocity_kd_the_teacher_is_asked_where_the_student_comes_to(settin
     assert not same(averaged(setting.state("own velocity")), averaged(setting.state("no own velocity")))
 
 
-def test_a_learning_rate_a_thousand_times_too_high_never_becomes_the_best(setting):
-    job = setting.job(steps=20, recipe={"learning_rate": 0.1, "max_grad_norm": 1000.0, "ema_decay": 0.0})
-    *_, end = setting.events(job, "diverged")
+@pytest.mark.parametrize("recipe", [{}, {"optimizer": "Muon"}], ids=str)
+def test_a_learning_rate_a_thousand_times_too_high_never_becomes_the_best(setting, recipe):
+    job = setting.job(steps=20, recipe={"learning_rate": 0.1, "max_grad_norm": 1000.0, "ema_decay": 0.0, **recipe})
+    *_, end = setting.events(job, f"diverged {recipe}".replace(":", ""))
     found = [error for _, error in end.evaluations]
     assert all(not error < end.plain_cut for error in found) and "No evaluation was better than the start" in end.report
     with setting.student.open() as before, end.handle.open() as after:

@@ -7,7 +7,7 @@ from helpers_compress import result_of
 from helpers_tiny import random_bank, random_teacher
 
 from wanlite_model import flow
-from wanlite_model.distill.data import TeacherCache, plan_units, rollout_sigmas, student_sigmas
+from wanlite_model.distill.data import TeacherCache, plan_units, rollout_sigmas, state_counts, student_sigmas
 from wanlite_model.distill.evaluate import evaluate
 from wanlite_model.distill.job import DistillJob, Recipe
 from wanlite_model.distill.presets import PRESETS
@@ -93,9 +93,13 @@ def test_a_few_step_teacher_is_asked_at_its_own_sigmas_alone():
     assert not make_job(teacher, bank, {"objective": "velocity", "teacher_steps": 20}, cfg=1.0).grid_only
 
 
-def test_every_re_noised_state_of_a_few_step_teacher_lies_on_its_grid(tmp_path):
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_asks_a_few_step_teacher_for_its_own_steps_and_no_more(tmp_path, preset):
     teacher, bank = random_teacher(depth=1), random_bank(3)
-    job = make_job(teacher, bank, {"objective": "velocity", "teacher_steps": 4, "renoised": 0.7}, cfg=1.0)
+    recipe = {**dataclasses.asdict(PRESETS[preset].recipe), "teacher_steps": 4}
+    job = make_job(teacher, bank, recipe, cfg=1.0, fold_guidance=PRESETS[preset].fold_guidance)
+    assert job.student_steps == 4 and sum(state_counts(job)) == 4
+    torch.testing.assert_close(rollout_sigmas(job), flow.schedule(4, job.shift))
     cache = TeacherCache(tmp_path, job, plan_units(job, bank, None)[:2])
     list(cache.fill(teacher, bank, None))
     assert {round(s, 5) for unit in cache.units for s in cache._sigmas(unit)} <= {round(s, 5) for s in rollout_sigmas(job).tolist()}

@@ -55,6 +55,19 @@ def test_what_is_written_is_read_back(tmp_path):
     assert torch.equal(found.diffs["blocks.0.norm3.bias"].float(), torch.ones(128))
 
 
+def test_changes_of_modulation_are_left_out_as_comfyui_leaves_them_out(tmp_path, caplog):
+    factors = {f"diffusion_model.{LAYER}.lora_A.weight": DOWN, f"diffusion_model.{LAYER}.lora_B.weight": UP}
+    modulation = {"diffusion_model.blocks.0.diff_m": torch.ones(1, 6, 128), "diffusion_model.blocks.1.modulation.diff": torch.ones(1, 6, 128),
+                  "diffusion_model.head.diff_m": torch.ones(1, 2, 128)}
+    save_file({**factors, **modulation}, tmp_path / "a.safetensors")
+    with caplog.at_level("INFO"):
+        found = read_lora(tmp_path / "a.safetensors", WAN.wan)
+    assert set(found.factors) == {LAYER} and not found.diffs and "and 2 more, which ComfyUI does not apply" in caplog.text
+    save_file({**factors, "diffusion_model.blocks.7.diff_m": torch.ones(1, 6, 128)}, tmp_path / "b.safetensors")
+    with pytest.raises(WanLiteError, match="no LoRA for a WAN of 2 blocks"):
+        read_lora(tmp_path / "b.safetensors", WAN.wan)
+
+
 def test_stacked_loras_add_what_each_adds():
     loras = [Lora(factors={LAYER: Factors(down=DOWN * k, up=UP, scale=0.5)}, diffs={"blocks.0.norm3.bias": torch.full((128,), k)}) for k in (1.0, 3.0)]
     one = stacked([*loras, Lora(factors={"blocks.0.ffn.0": Factors(down=DOWN, up=torch.ones(WAN.wan.ffn_dim, 3), scale=1.0)})])

@@ -41,7 +41,7 @@ class StudentHandle:
     """A student on disk. folder: where it is, or its single file. fingerprint: of what its weights came from. card: how to sample it.
 
     loras: files of adapters that belong to it, each over the weights with those before it merged in. same_as: the fingerprint of the
-    teacher whose weights lie in the folder as they are; empty where they were cut or trained.
+    teacher whose weights lie in the folder as they are, or of the file that was loaded; empty where they were cut or trained.
     """
     folder: str
     config: WanConfig
@@ -76,8 +76,9 @@ class StudentHandle:
     def of(cls, path: Path) -> StudentHandle:
         """A saved student, or any WAN file or folder, which is then taken as its own teacher. Raises WanLiteError on anything else."""
         with open_wan(path) as source:
+            fingerprint = fingerprint_tensors(source.tensors())
             return cls(folder=str(path), config=source.config, plan=_plan(source.config, source.card), card=source.card,
-                       fingerprint=fingerprint_tensors(source.tensors()))
+                       fingerprint=fingerprint, same_as=fingerprint)
 
     def to_json(self) -> dict[str, Any]:
         return {"folder": self.folder, "loras": list(self.loras), "same_as": self.same_as, "config": asdict(self.config), "plan": self.plan.to_json(), "fingerprint": self.fingerprint,
@@ -103,5 +104,5 @@ def _plan(config: WanConfig, card: StudentCard | None) -> CompressionPlan:
     keep = card.keep if card and len(card.keep) == config.num_layers else tuple(range(config.num_layers))
     teacher = card.recipe if card else {}
     return CompressionPlan(keep=keep, ffn_dim=config.ffn_dim, method="given",
-                           teacher_layers=teacher.get("teacher_layers", max(keep) + 1),
-                           teacher_ffn_dim=teacher.get("teacher_ffn_dim", config.ffn_dim))
+                           teacher_layers=max(teacher.get("teacher_layers", 0), max(keep) + 1),           # a teacher can be smaller than its student
+                           teacher_ffn_dim=max(teacher.get("teacher_ffn_dim", 0), config.ffn_dim))

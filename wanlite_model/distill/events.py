@@ -53,12 +53,16 @@ class Saved:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
-    """The end: the best student, written; a report in plain words; the losses of all steps and (step, error) of all evaluations."""
+    """The end: the best student, written; a report in plain words; the losses of all steps and (step, error) of all evaluations.
+
+    plain_cut: the error of what it is compared with, and yardstick: what that is.
+    """
     handle: StudentHandle
     report: str
     losses: tuple[float, ...]
     evaluations: tuple[tuple[int, float], ...]
     plain_cut: float
+    yardstick: str
 
 
 Event = Stage | Step | Eval | Sample | Saved | Finished

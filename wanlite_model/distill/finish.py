@@ -48,7 +48,7 @@ def write_finished(job: DistillJob, files: RunFolder, start: StudentHandle, teac
         before = () if job.matching else start.loras        # it took the LoRA's place
         handle = replace(start, loras=(*before, str(files.lora)), fingerprint=fingerprint_tensors(best.items(), start.fingerprint), card=card)
     files.note("finished", {"handle": handle.to_json(), "report": _report(job, measured, state, planned, cache),
-                            "plain_cut": measured.plain.error})
+                            "plain_cut": measured.plain.error, "yardstick": measured.yardstick})
     return finished_from_disk(files)
 
 
@@ -60,7 +60,7 @@ def finished_from_disk(files: RunFolder) -> Finished | None:
     told = noted["handle"]
     moved = {"loras": [*told["loras"][:-1], str(files.lora)]} if files.lora.exists() else {"folder": str(files.student)}
     return Finished(handle=StudentHandle.from_json({**told, **moved}), report=noted["report"],
-                    losses=tuple(row["loss"] for row in files.rows("step")), plain_cut=noted["plain_cut"],
+                    losses=tuple(row["loss"] for row in files.rows("step")), plain_cut=noted["plain_cut"], yardstick=noted["yardstick"],
                     evaluations=tuple((row["step"], row["error"]) for row in files.rows("eval")))
 
 

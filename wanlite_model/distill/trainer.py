@@ -131,6 +131,9 @@ class Run:
         if (ours.in_dim, ours.out_dim) != (its.in_dim, its.out_dim):
             raise WanLiteError(f"The student has {ours.in_dim} latent channels and the teacher {its.in_dim}.",
                                "They must speak of the same latents.", "Choose a student of the same WAN family.")
+        if self._knows_it_all():
+            raise WanLiteError("The student is its teacher, whole, and is asked for what that does already.", "",
+                               "Type the cfg that you sample with and fold it in, take blocks away with WanLite Create Student, or choose a preset with fewer steps.")
         if self.job.recipe.objective == "velocity + features" and not self._is_cut():
             raise WanLiteError(f"The student is no part of this teacher: {ours.num_layers} blocks of {ours.dim} beside {its.num_layers} of {its.dim}.",
                                "Block features can only be compared between a teacher and what was cut from it.", "Choose another objective.")
@@ -141,6 +144,11 @@ class Run:
         if height % 2 or width % 2:
             raise WanLiteError(f"The latents are {width} x {height}.", "WAN needs an even width and height in latents.",
                                "Choose a width and a height that are multiples of 16 pixels.")
+
+    def _knows_it_all(self) -> bool:
+        """Whether the student is its teacher and is asked for what that does itself: no guidance to fold in, no steps to save."""
+        itself = self.handle.same_as == self.teacher.fingerprint and not self.handle.loras and not self.start_from
+        return itself and not (self.job.guided and self.job.fold_guidance) and self.job.substeps == 1 and not self.job.matching
 
     def _is_cut(self) -> bool:
         """Whether the student can have been cut from this teacher; any other WAN of the same latents can learn from it too."""
@@ -247,6 +255,7 @@ class Run:
                     begun = time.monotonic()
                     self._trial(i)
                     seconds.append(time.monotonic() - begun)
+                self.state.optimizer.state.clear()              # as before step 0
                 begun = time.monotonic()
                 yield from self._evaluate("measuring the speed")
                 if self.samples:
@@ -313,9 +322,13 @@ class Run:
     @trains
     def _trial(self, step: int) -> None:
         """A step's work without moving a weight, to measure its speed."""
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = 0.0
         for loss in self._backward(step, TIMED_STEPS):
-            float(loss)             # a GPU's clock is read once it is done
+            clip_grad_norm_(self.state.trained.values(), self.job.recipe.max_grad_norm)
+            self.state.optimizer.step()
             self.state.optimizer.zero_grad(set_to_none=True)
+            float(loss)             # a GPU's clock is read once all is done
 
     def _backward(self, step: int, total: int) -> Iterator[Tensor]:
         """Gradients, once or (with a critic) several times: yields the loss of each, and the caller moves the weights."""

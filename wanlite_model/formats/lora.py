@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from ..files import replace_file
 from .card import PREFIX, StudentCard
 from .container import Writer
 from .keymap import ALL_ROWS, key_map, wan_shapes
+
+log = logging.getLogger(__name__)
 
 STOCK = "diffusion_model."
 PREFIXES = (STOCK, "base_model.model.", "transformer.", "model.")
@@ -82,7 +85,7 @@ def stacked(loras: Sequence[Lora]) -> Lora:
 
 
 def read_lora(path: Path, config: WanConfig) -> Lora:
-    """A LoRA file for a WAN of this architecture. Raises WanLiteError on another model's LoRA, and on keys that are not understood."""
+    """A LoRA file for a WAN of this architecture, without what it changes of modulation. Raises WanLiteError on another model's LoRA, and on keys that are not understood."""
     try:
         with safe_open(path, "pt") as stored:
             found = {key: stored.get_tensor(key) for key in stored.keys()}
@@ -93,10 +96,13 @@ def read_lora(path: Path, config: WanConfig) -> Lora:
     parts: dict[str, dict[str, Tensor]] = {}
     diffs: dict[str, Tensor] = {}
     strange: list[str] = []
+    frozen: list[str] = []          # ComfyUI's loader passes over them too, so a student with them would not be what it samples
     for key, tensor in found.items():
         layer, leaf = _split(key, names)
         if layer is None:
             strange.append(key)
+        elif layer.endswith("modulation"):
+            frozen.append(layer)
         elif leaf in ("diff", "diff_b"):
             name = layer if leaf == "diff" and layer in shapes else layer + (".weight" if leaf == "diff" else ".bias")
             if shapes.get(name) != tuple(tensor.shape):
@@ -104,6 +110,8 @@ def read_lora(path: Path, config: WanConfig) -> Lora:
             diffs[name] = tensor
         else:
             parts.setdefault(layer, {})[leaf] = tensor
+    if frozen:
+        log.info("WanLite: %s changes %s and %d more, which ComfyUI does not apply and WanLite leaves out.", path.name, frozen[0], len(frozen) - 1)
     factors = {layer: _factors(path, layer, part, shapes[f"{layer}.weight"]) for layer, part in parts.items()}
     if strange or not (factors or diffs):
         told = f"It changes {strange[0]!r} and {len(strange) - 1} more, which such a WAN does not have." if strange else "It changes nothing."
@@ -141,13 +149,15 @@ def _spellings(config: WanConfig) -> dict[str, str]:
 
 
 def _split(key: str, names: Mapping[str, str]) -> tuple[str | None, str]:
-    """(WAN's layer, "down" / "up" / "alpha" / "diff" / "diff_b"), or (None, "") for a key that is not understood."""
-    match = re.fullmatch(r"(.+?)\.(?:(lora_A|lora_B|lora_down|lora_up)(?:\.default)?(?:\.weight)?|(alpha|diff|diff_b))", key)
+    """(WAN's layer, "down" / "up" / "alpha" / "diff" / "diff_b" / "diff_m"), or (None, "") for a key that is not understood."""
+    match = re.fullmatch(r"(.+?)\.(?:(lora_A|lora_B|lora_down|lora_up)(?:\.default)?(?:\.weight)?|(alpha|diff|diff_b|diff_m))", key)
     if match is None:
         return None, ""
     path = match[1].removeprefix(KOHYA)
     for prefix in PREFIXES:
         path = path.removeprefix(prefix)
+    if match[3] == "diff_m":                # some speed LoRAs have it for the modulation of this block
+        path += ".modulation" if path + ".modulation" in names else "_modulation"
     return names.get(path), LEAVES.get(match[2] or "", match[3] or "")
 
 
