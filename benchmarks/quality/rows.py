@@ -132,7 +132,7 @@ def ablations() -> tuple[Row, ...]:
         healed(", spaced", method="spaced"), healed(", least squares", refit="least squares"),
         healed(", with features", objective="velocity + features"), healed(", own states", own_states=0.25),
         healed(", path alone", renoised=0.0), healed(", no full range", full_range=0.0), healed(", LoRA", rank=64),
-        folded(""), folded(", all weights", rank=0, optimizer="Muon"), folded(", own states", own_states=0.25), folded(", path alone", renoised=0.0),
+        folded(""), folded(", rank 128", rank=128), folded(", all weights", rank=0, optimizer="Muon"), folded(", own states", own_states=0.25), folded(", path alone", renoised=0.0),
         stepped(", no own states", own_states=0.0), stepped(", all weights", rank=0, optimizer="Muon"), stepped(", the teacher's own 4 steps", teacher_steps=4),
         trained("slim + few-step 4, all weights", "few-step 4", few, kind="ablation", rank=0, optimizer="Muon", after="slim", share=SLIM),
         stepped("", steps=16, teacher_steps=16),
