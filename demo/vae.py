@@ -17,7 +17,7 @@ class Vae:
         self._module = wan_vae()
         self._module.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
         for part in self._module.modules():
-            if isinstance(part, torch.nn.Conv3d):           # channels innermost: its norms over channels take half of a decode otherwise
+            if isinstance(part, torch.nn.Conv3d):           # channels innermost: its norms over channels are slow otherwise
                 part.weight.data = part.weight.data.contiguous(memory_format=torch.channels_last_3d)
         self._scale = comfy.latent_formats.Wan21()
 
