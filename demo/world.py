@@ -23,7 +23,8 @@ class World:
 
     render(prompt, seed) -> a clip [T, H, W, 3] in 0..1; adherence(clip, prompt) -> {attribute: shown as asked};
     corrupted(prompt, rng, chance) -> the prompt with each attribute drawn anew by that chance. latents: (C, T, H, W) of a clip.
-    moving: the attribute that a single frame cannot show. config, teacher: the tiny WAN's architecture and file. shift, cfg, negative: how it is sampled.
+    moving: the attribute that a single frame cannot show. config, teacher: the tiny WAN's architecture and file.
+    shift, cfg, negative: how it is sampled.
     """
     name: str
     prompts: tuple[str, ...]

@@ -34,7 +34,8 @@ QUICK, SHORT, LONG = Budget(heal=120, fold=60, few=60), Budget(heal=800, fold=40
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One line. steps, cfg: how it is sampled; a student that is sampled with the world's cfg was trained to keep guidance. share, ffn: of the teacher's blocks and FFN. recipe: None is not trained at all; training: optimizer steps.
+    """One line. steps, cfg: how it is sampled; a student that is sampled with the world's cfg was trained to keep guidance. share, ffn: of the
+    teacher's blocks and FFN. recipe: None is not trained at all; training: optimizer steps.
 
     method: of choosing blocks; "plain" is the plain cut. block_steps: of each block's own training before. refit: of what follows a gap.
     after: the row whose student this one starts from. of: the row whose student is the teacher of this one (without cfg).

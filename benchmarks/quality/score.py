@@ -175,7 +175,9 @@ def drawn(model: WanLiteStudent, reference: Reference, vae: Vae, steps: int, cfg
 
 
 def clip_scores(reference: Reference, clips: np.ndarray, varied: np.ndarray) -> dict[str, float]:
-    """Adherence (a count, and a share of the prompts that no student was trained on), PSNR in dB, and ratios to the teacher's clips of sharpness, motion, saturation and diversity between seeds."""
+    """Adherence (a count, and a share of the prompts that no student was trained on), PSNR in dB, and ratios to the teacher's clips of
+    sharpness, motion, saturation and diversity between seeds.
+    """
     world = reference.world
     verdicts = [(right(world, clip, prompt), prompt in world.held_out) for clip, (prompt, _) in zip(clips, reference.pairs)]
     return {"right": sum(well for well, _ in verdicts), "videos": len(clips),

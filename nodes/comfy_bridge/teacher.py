@@ -31,8 +31,8 @@ BY_CHANNELS = {36: "image-to-video (I2V)", 48: "Fun Control", 32: "Fun Camera"}
 class ComfyTeacher:
     """Answers with ComfyUI's own forward, offloaded or not, LoRA patches applied; the MODEL itself is not changed.
 
-    `left_out` says what of the MODEL it does not carry, `notes` that and what else a user should know. Raises WanLiteError when it is not a WAN text-to-video model, or carries something that
-    changes what its forward means (see patches.py).
+    `left_out` says what of the MODEL it does not carry, `notes` that and what else a user should know. Raises WanLiteError when it is not a
+    WAN text-to-video model, or carries something that changes what its forward means (see patches.py).
     """
 
     def __init__(self, model: Any) -> None:

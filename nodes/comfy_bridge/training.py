@@ -46,7 +46,9 @@ class Training:
     @classmethod
     def of(cls, *, student: StudentHandle, model: Any, prompts: PromptBank, latent: dict, sigmas: Tensor | None, preset: str,
            changes: Mapping[str, Any], vae: Any, **settings: Any) -> Training:
-        """changes: to the preset's recipe, and a LoRA's name to start from. settings: of DistillJob. Raises WanLiteError when the parts do not belong together."""
+        """changes: to the preset's recipe, and a LoRA's name to start from. settings: of DistillJob. Raises WanLiteError when the parts do not
+        belong together.
+        """
         teacher = ComfyTeacher(model)
         its = teacher.config
         chosen, changes = PRESETS[preset], dict(changes)

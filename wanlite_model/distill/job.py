@@ -19,17 +19,23 @@ HOLDOUT_PROMPTS = 8             # from this many prompts on, whole prompts are h
 class Recipe:
     """Expert settings of a job. Raises WanLiteError outside the ranges that make sense.
 
-    objective: velocity KD alone, or with the teacher's block features (fading out over the job; needs the teacher in memory), or
-    trajectory KD: the average velocity between two of `student_steps` points of the teacher's path, which one Euler step then takes, or
-    distribution matching, which goes on from the LoRA of a few-step student (see matching.py).
-    rank: 0 trains all weights; above, LoRA factors of this rank over the frozen start. own_states: share of the training states that
-    the student has come to by itself: with trajectory KD (where the first state is nobody's) it learns to go back to the teacher's path
-    from there; with velocity KD the teacher, which then stays in memory, is asked there at every step.
-    optimizer: "Muon" for the matrices of the blocks (with adapters, and for all else, it is AdamW). learning_rate: the peak, after `warmup` steps, then a cosine to a tenth. batch_size: states a step. ema_decay: of the weights
-    that are evaluated and kept. teacher_steps: Euler steps of a cached teacher rollout. renoised: share of the training states that are
-    re-noised clean latents instead of states on the teacher's path. full_range: share of the training states whose sigma is uniform, not
-    shifted (of re-noised ones: no more than those); with trajectory KD, of states between the student's own steps.
-    evaluations: how often the held-out error is measured. save_every: minutes between checkpoints.
+    objective: "velocity": KD on the velocity. "velocity + features": and on the teacher's block outputs, which fade out over the job; the
+        teacher stays in memory. "trajectory": the average velocity between two of `student_steps` points of the teacher's path, which
+        one Euler step then takes. "distribution": goes on from the LoRA of a few-step student (see matching.py).
+    rank: of LoRA factors over the frozen start; 0 trains all weights.
+    student_steps: that the student is to be sampled with; velocity KD has the teacher's.
+    own_states: share of the training states that the student has come to by itself. With trajectory KD it learns to go back to the
+        teacher's path from there; with velocity KD the teacher, which then stays in memory, is asked there at every step.
+    optimizer: "Muon" for the matrices of the blocks; adapters, and all else, have AdamW.
+    learning_rate: the peak, after `warmup` steps; then a cosine to a tenth.
+    batch_size: states a step.
+    ema_decay: of the weights that are evaluated and kept.
+    teacher_steps: Euler steps of a cached teacher rollout.
+    renoised: share of the training states that are re-noised clean latents instead of states on the teacher's path.
+    full_range: share of the training states whose sigma is uniform, not shifted (re-noised ones, so no more than those); with trajectory
+        KD, of states between the student's own steps.
+    evaluations: how often the held-out error is measured.
+    save_every: minutes between checkpoints.
     """
     objective: Objective = "velocity"
     rank: int = 0
@@ -63,10 +69,12 @@ class Recipe:
 class DistillJob:
     """One distillation, whole.
 
-    student, teacher, prompts, latents, start_from: fingerprints; latents is empty for a data-free job, start_from without a LoRA to begin with. shape: (C, T, H, W) of a training sample in
-    latent units. shift: the deployment shift. cfg: the teacher's guidance scale; folded into the student with `fold_guidance`,
-    which then runs at cfg 1. sigmas: the path of the teacher's rollouts from 1 to 0; None is the `simple` schedule. steps: 0 lets
-    `minutes` (of the whole job) decide.
+    student, teacher, prompts, latents, start_from: fingerprints; latents is empty for a data-free job, start_from without a LoRA to begin with.
+    shape: (C, T, H, W) of a training sample in latent units.
+    shift: the deployment shift.
+    cfg: the teacher's guidance scale; with `fold_guidance` it is folded into the student, which then runs at cfg 1.
+    sigmas: the path of the teacher's rollouts from 1 to 0; None is the `simple` schedule.
+    steps: of the optimizer; 0 lets `minutes` (of the whole job) decide.
     """
     student: str
     teacher: str

@@ -1,4 +1,5 @@
-"""Distribution matching without data (DMD2, Yin et al. 2024, arXiv 2405.14867): a few-step student's clips are moved to where the teacher finds them likely.
+"""Distribution matching without data (DMD2, Yin et al. 2024, arXiv 2405.14867): moves a few-step student's clips to where the teacher
+finds them likely.
 
 The student's own clip x0 is noised again to x_t. There the teacher, guided, and a critic that is trained on nothing but the student's clips
 each say which clip they see, D = x_t - sigma v, and the student is moved along their difference:

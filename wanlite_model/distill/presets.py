@@ -8,7 +8,9 @@ from .job import Recipe
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preset:
-    """told: what it makes, for a tooltip. fold_guidance: whether the student runs without cfg afterwards. frames: of the LATENT, where only one will do."""
+    """told: what it makes, for a tooltip. fold_guidance: whether the student runs without cfg afterwards. frames: of the LATENT, where only
+    one will do.
+    """
     told: str
     recipe: Recipe
     fold_guidance: bool = True

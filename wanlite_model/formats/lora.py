@@ -85,7 +85,9 @@ def stacked(loras: Sequence[Lora]) -> Lora:
 
 
 def read_lora(path: Path, config: WanConfig) -> Lora:
-    """A LoRA file for a WAN of this architecture, without what it changes of modulation. Raises WanLiteError on another model's LoRA, and on keys that are not understood."""
+    """A LoRA file for a WAN of this architecture, without what it changes of modulation. Raises WanLiteError on another model's LoRA, and on
+    keys that are not understood.
+    """
     try:
         with safe_open(path, "pt") as stored:
             found = {key: stored.get_tensor(key) for key in stored.keys()}
