@@ -29,7 +29,7 @@ class Budget:
     few: int
 
 
-QUICK, SHORT, LONG = Budget(heal=120, fold=60, few=60), Budget(heal=800, fold=400, few=400), Budget(heal=2400, fold=2400, few=400)
+QUICK, SHORT, LONG = Budget(heal=120, fold=60, few=60), Budget(heal=800, fold=400, few=400), Budget(heal=3200, fold=3200, few=400)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,15 +94,15 @@ def rows(budget: Budget = SHORT) -> tuple[Row, ...]:
         slim("plain baseline", round(BASELINE_MORE * heal), kind="baseline", method="interleaved", optimizer="AdamW"),
         trained("no-cfg", "no-cfg", fold, steps=TEACHER_STEPS),
         slim("slim", heal),
-        trained("keep-cfg", "keep-cfg", heal, share=SLIM, cfg=None),
+        trained("keep-cfg", "keep-cfg", heal // 2, share=SLIM, cfg=None),
         trained("few-step 8", "few-step 8", few),
         trained("few-step 4", "few-step 4", few),
         trained("slim + few-step 4", "few-step 4", few, after="slim", share=SLIM),
         Row(name="teacher, one frame", kind="teacher", steps=TEACHER_STEPS, cfg=None, frames=1),
         Row(name="teacher, one frame, 8 steps", kind="baseline", steps=8, cfg=None, frames=1),
         Row(name="plain cut, one frame", kind="baseline", steps=8, share=SLIM, method="plain", frames=1),
-        trained("image", "image", heal, share=SLIM, frames=1),
-        slim("slim of few-step 4", heal, of="few-step 4", teacher_steps=4),
+        trained("image", "image", heal // 2, share=SLIM, frames=1),
+        slim("slim of few-step 4", heal // 2, of="few-step 4", teacher_steps=4),
     )
 
 

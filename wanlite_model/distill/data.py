@@ -29,9 +29,8 @@ from .job import HOLDOUT_PROMPTS, MIN_UNITS, DistillJob
 
 VERSION = 3
 STORED = torch.float16          # rounding 2**-11 of a latent: far below what a student gets wrong
-REUSE = 4                       # times a state is trained on: more teaches it by heart, fewer asks the teacher too much
-MOST_ROLLOUTS = 4               # of one prompt: they take disk as well as time
-MOST_SHORT = 12                 # of a few-step teacher's, which are short
+REUSE = 2                       # times a state is trained on: more teaches it by heart, fewer asks the teacher too much
+MOST_STATES = 256               # of one prompt: they take disk as well as time
 MOST_RENOISED = 0.75            # share up to which a unit holds more re-noised states for it; each takes a forward
 
 
@@ -129,11 +128,12 @@ def _wanted(job: DistillJob, items: int) -> int:
     """How many units are worth having, were there time: each prompt once, and so many that no state has to be trained on over and over."""
     if job.matching:
         return max(MIN_UNITS, items)            # to measure on alone: what it learns from is its own
-    most = items * (MOST_SHORT if job.grid_only else MOST_ROLLOUTS)
+    each = sum(state_counts(job))
+    most = items * max(1, MOST_STATES // each)
     if job.steps == 0:
         return max(MIN_UNITS, most)
     drawn = job.steps * job.recipe.batch_size
-    return max(MIN_UNITS, min(items, drawn), min(most, -(-drawn // (REUSE * sum(state_counts(job))))))
+    return max(MIN_UNITS, min(items, drawn), min(most, -(-drawn // (REUSE * each))))
 
 
 def _prompt_of(item: int, prompts: PromptBank) -> int:
