@@ -106,7 +106,7 @@ SETTINGS: dict[Path, dict[str, Any]] = {
         "shift": domain.SHIFT, "cfg": domain.CFG, "steps": 6, "size": (domain.SIZE, domain.SIZE, domain.FRAMES), "fps": 8.0,
         "text": {"prompts": ("WanLiteEncodePrompts", 1, {"bank": f"input/{BANK}"})},
         "recipe": {"learning_rate": 5e-3, "batch_size": 16, "teacher_steps": 6, "renoised": 0.7, "evaluations": 4},
-        "job": {"steps": 640}, "overwrite": True, "compare": {"teacher_cfg": domain.CFG, "student_steps": 6, "clips": 4},
+        "job": {"steps": 520}, "overwrite": True, "compare": {"teacher_cfg": domain.CFG, "student_steps": 6, "clips": 4},
     },
     REAL: {
         "note": _REAL_NOTE, "teacher": "wan2.1_t2v_1.3B_fp16.safetensors", "vae": "wan_2.1_vae.safetensors", "name": "wan2.1_1.3B_slim",

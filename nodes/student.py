@@ -33,9 +33,9 @@ class WanLiteCreateStudent(io.ComfyNode):
                              tooltip="custom: FFN neurons in each block. 0 keeps the teacher's. Fewer save memory more than time."),
                 io.String.Input("keep_map", default="", placeholder="0-3,5,7-9",
                                 tooltip="custom: exactly these of the teacher's blocks, counted from 0, as numbers and ranges. Empty: chosen."),
-                io.Combo.Input("method", options=["greedy", "spaced", "influence", "interleaved"], default="greedy",
-                               tooltip="How blocks are chosen: 'greedy' removes, one after another, the block that changes the teacher's answer "
-                                       "least (some minutes); 'spaced' does so too and takes neighbours of a removed block last; 'influence' removes "
+                io.Combo.Input("method", options=["spaced", "greedy", "influence", "interleaved"], default="spaced",
+                               tooltip="How blocks are chosen: 'spaced' removes, one after another, the block that changes the teacher's answer "
+                                       "least (some minutes), neighbours of a removed one last; 'greedy' takes neighbours too; 'influence' removes "
                                        "at once those that turn what they are fed the least (three passes over the states); 'interleaved' spreads "
                                        "them evenly (no time). Where that comes out better, it is what is taken. Not used with a keep-map."),
                 io.Int.Input("block_steps", default=0, min=0, max=100_000,

@@ -48,7 +48,7 @@ class Row:
     cfg: float | None = 1.0             # None: the world's
     share: float = 1.0
     ffn: float = 1.0
-    method: Method | Literal["plain"] = "greedy"
+    method: Method | Literal["plain"] = "spaced"
     refit: str = "none"
     block_steps: int = 0
     recipe: Recipe | None = None
@@ -114,8 +114,8 @@ def ablations() -> tuple[Row, ...]:
     def cut(name: str, **settings: object) -> Row:
         return Row(name=name, **start, **{"share": SLIM, **settings})
 
-    def healed(name: str, **settings: object) -> Row:
-        return slim(f"slim, short{name}", heal, kind="ablation", **settings)
+    def healed(name: str, training: int = heal, **settings: object) -> Row:
+        return slim(f"slim, short{name}", training, kind="ablation", **settings)
 
     def folded(name: str, **settings: object) -> Row:
         return trained(f"no-cfg, short{name}", "no-cfg", fold, kind="ablation", **settings)
@@ -124,16 +124,17 @@ def ablations() -> tuple[Row, ...]:
         return trained(f"few-step {steps}{name}", "few-step 4", **{"training": few, "kind": "ablation", "student_steps": steps, **settings})
 
     return (
-        cut("cut: greedy"), cut("cut: influence", method="influence"), cut("cut: spaced", method="spaced"),
+        cut("cut: spaced"), cut("cut: greedy", method="greedy"), cut("cut: influence", method="influence"),
         cut("cut: interleaved", method="interleaved"),
-        cut("cut: greedy, mean folded", refit="mean"), cut("cut: greedy, least squares", refit="least squares"),
-        cut("cut: greedy, block-wise", block_steps=BLOCK_STEPS),
+        cut("cut: spaced, mean folded", refit="mean"), cut("cut: spaced, least squares", refit="least squares"),
+        cut("cut: spaced, block-wise", block_steps=BLOCK_STEPS),
         cut("narrow: first neurons", share=1.0, ffn=NARROW, method="plain"), cut("narrow: chosen and refitted", share=1.0, ffn=NARROW),
-        healed(""), healed(", AdamW", optimizer="AdamW"), healed(", block-wise", block_steps=BLOCK_STEPS), healed(", interleaved", method="interleaved"),
-        healed(", spaced", method="spaced"), healed(", least squares", refit="least squares"),
+        healed(""), healed(", AdamW", round(BASELINE_MORE * heal), optimizer="AdamW"), healed(", block-wise", block_steps=BLOCK_STEPS),
+        healed(", interleaved", method="interleaved"), healed(", greedy", method="greedy"), healed(", least squares", refit="least squares"),
         healed(", with features", objective="velocity + features"), healed(", own states", own_states=0.25),
         healed(", path alone", renoised=0.0), healed(", no full range", full_range=0.0), healed(", LoRA", rank=64),
-        folded(""), folded(", rank 128", rank=128), folded(", all weights", rank=0, optimizer="Muon"), folded(", own states", own_states=0.25), folded(", path alone", renoised=0.0),
+        folded(""), folded(", rank 128", rank=128), folded(", all weights", rank=0, optimizer="Muon"),
+        folded(", own states", own_states=0.25), folded(", path alone", renoised=0.0),
         stepped(", no own states", own_states=0.0), stepped(", all weights", rank=0, optimizer="Muon"), stepped(", the teacher's own 4 steps", teacher_steps=4),
         trained("slim + few-step 4, all weights", "few-step 4", few, kind="ablation", rank=0, optimizer="Muon", after="slim", share=SLIM),
         stepped("", steps=16, teacher_steps=16),

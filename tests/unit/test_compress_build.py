@@ -37,7 +37,7 @@ def test_a_start_is_written_whole_and_says_what_it_is(tmp_path):
     handle, report = result_of(create(tmp_path, teacher, depth=5, ffn_dim=40))
     assert files(tmp_path)[0] == handle.fingerprint and handle.file.is_file()
     assert handle.config == teacher.config.resized(num_layers=5, ffn_dim=40)
-    assert handle.plan == CompressionPlan(keep=(0, 1, 2, 4, 5), ffn_dim=40, method="greedy", teacher_layers=6, teacher_ffn_dim=64)
+    assert handle.plan == CompressionPlan(keep=(0, 1, 2, 4, 5), ffn_dim=40, method="spaced", teacher_layers=6, teacher_ffn_dim=64)
     student = WanLiteStudent.from_pretrained(handle.folder)
     assert f"{student.num_parameters() / 1e6:.2f} million" in report and f"{teacher.module.num_parameters() / 1e6:.2f} million" in report
     assert "0-2,4-5" in report and "40 of 64" in report

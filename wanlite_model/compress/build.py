@@ -102,7 +102,7 @@ class Request:
 
 
 def create_student(teacher: Teacher, prompts: PromptBank | None, shape: tuple[int, int, int, int], *, depth: int | None = None,
-                   ffn_dim: int | None = None, keep: tuple[int, ...] | None = None, method: Method = "greedy", refit: Refit = "none",
+                   ffn_dim: int | None = None, keep: tuple[int, ...] | None = None, method: Method = "spaced", refit: Refit = "none",
                    block_steps: int = 0, seed: int = 0, cfg: float = 5.0, folder: Path) -> Generator[Progress, None, Built]:
     """Writes the start under folder/<fingerprint>, or finds it there; returns its handle and a report in plain words.
 
