@@ -29,7 +29,7 @@ class Budget:
     few: int
 
 
-QUICK, SHORT, LONG = Budget(heal=120, fold=60, few=60), Budget(heal=800, fold=400, few=400), Budget(heal=3200, fold=3200, few=400)
+QUICK, SHORT, LONG = Budget(heal=120, fold=60, few=60), Budget(heal=800, fold=400, few=400), Budget(heal=4000, fold=3200, few=400)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
