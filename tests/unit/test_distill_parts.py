@@ -8,7 +8,7 @@ from helpers_tiny import random_bank, random_teacher, random_wan
 
 from wanlite_model import flow
 from wanlite_model.distill import objectives
-from wanlite_model.distill.data import MOST_STATES, REUSE, TeacherCache, latents_fingerprint, plan_units, state_counts
+from wanlite_model.distill.data import STATES_OF_PROMPT, REUSE, TeacherCache, latents_fingerprint, plan_units, state_counts
 from wanlite_model.distill.evaluate import evaluate
 from wanlite_model.distill.job import DistillJob, Recipe, differences
 from wanlite_model.distill.optim import WeightAverage, lr_at, make_optimizer
@@ -113,7 +113,7 @@ def test_prompts_are_asked_again_with_other_noise_when_the_states_would_not_do()
     assert [unit.prompt for unit in few] == list(range(16)) and enough[:16] == few
     held = {unit.prompt for unit in few if unit.held}
     again = [unit.prompt for unit in enough[16:]]
-    assert len(enough) == 16 * (MOST_STATES // sum(state_counts(job))) and not held & set(again) and set(again) == set(range(16)) - held
+    assert len(enough) == 16 * (STATES_OF_PROMPT // sum(state_counts(job))) and not held & set(again) and set(again) == set(range(16)) - held
     assert len({unit.key for unit in enough}) == len(enough)
     steps = REUSE * sum(state_counts(job)) * 40 // job.recipe.batch_size
     assert len(plan_units(dataclasses.replace(job, steps=steps), bank, None)) == 40

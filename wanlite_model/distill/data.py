@@ -30,7 +30,7 @@ from .job import HOLDOUT_PROMPTS, MIN_UNITS, DistillJob
 VERSION = 3
 STORED = torch.float16          # rounding 2**-11 of a latent: far below what a student gets wrong
 REUSE = 2                       # times a state is trained on: more teaches it by heart, fewer asks the teacher too much
-MOST_STATES = 256               # of one prompt: they take disk as well as time
+STATES_OF_PROMPT = 256          # at most: they take disk as well as time
 MOST_RENOISED = 0.75            # share up to which a unit holds more re-noised states for it; each takes a forward
 
 
@@ -129,7 +129,7 @@ def _wanted(job: DistillJob, items: int) -> int:
     if job.matching:
         return max(MIN_UNITS, items)            # to measure on alone: what it learns from is its own
     each = sum(state_counts(job))
-    most = items * max(1, MOST_STATES // each)
+    most = items * max(1, STATES_OF_PROMPT // each)
     if job.steps == 0:
         return max(MIN_UNITS, most)
     drawn = job.steps * job.recipe.batch_size
