@@ -1,6 +1,4 @@
 """Teacher, plain cut and student on the same prompts and noises: adherence, velocity error, and seconds through ComfyUI's own sampler."""
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +14,13 @@ from wanlite_model.teacher import ModuleTeacher
 from wanlite_model.transformer import WanLiteStudent
 
 from . import domain, words
-from .comfy_path import open_comfyui
 from .measure import PAIRS, sample, verdicts, wilson
+from .timing import Sampled, timed
 from .vae import Vae
 from .workers import Workers
 from .world import BALLS
 
 ERROR_PAIRS, ERROR_STEPS = 32, 8        # teacher paths on which the velocity error is read
-ROUNDS = 3                              # of timed videos, in turn
 PICTURED = 4
 TEACHER_ADHERENCE, KEPT_ADHERENCE, TIME_SHARE = 0.90, 0.95, 0.50        # what is promised: see `promises`
 
@@ -116,7 +113,7 @@ def measure(base: Path, student_name: str, cut_name: str) -> Result:
     with Workers() as workers:
         clips = {name: sampled(opened[name], vae, workers, *settings[name]) for name in settings}
         errors = velocity_errors(opened, settings, workers)
-    seconds = timed(files, settings)
+    seconds = timed({name: Sampled(file=files[name], world=BALLS, steps=steps, cfg=cfg) for name, (steps, cfg) in settings.items()})
     prompts = [prompt for prompt, _ in BALLS.pairs(PAIRS)]
     rows = tuple(Row(name=name, blocks=model.wan.num_layers, parameters=model.num_parameters(), steps=settings[name][0], cfg=settings[name][1],
                      evaluations=settings[name][0] * (1 if settings[name][1] == 1 else 2), velocity_error=errors[name], seconds=seconds[name],
@@ -173,22 +170,3 @@ def velocity_errors(models: dict[str, WanLiteStudent], settings: dict[str, tuple
     fixed = BALLS.pairs(PAIRS + ERROR_PAIRS)[PAIRS:]
     parts = workers.map(part, [fixed[start:start + 16] for start in range(0, ERROR_PAIRS, 16)])
     return {name: sum(p[name][0] for p in parts) / sum(p[name][1] for p in parts) for name in models}
-
-
-def timed(files: dict[str, Path], settings: dict[str, tuple[int, float]]) -> dict[str, float]:
-    """Median seconds of one video, warm, each file opened by ComfyUI's loader and sampled by its sampler, the models in turn."""
-    open_comfyui()
-    import comfy.sample
-    import comfy.sd
-    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
-    opened = {name: ModelSamplingSD3().patch(comfy.sd.load_diffusion_model(str(file)), domain.SHIFT)[0] for name, file in files.items()}
-    negative = [[words.context([domain.NEGATIVE]), {}]]
-    seconds: dict[str, list[float]] = {name: [] for name in files}
-    for prompt, noise in BALLS.pairs(ROUNDS + 1):
-        for name, model in opened.items():
-            steps, cfg = settings[name]
-            begun = time.perf_counter()
-            comfy.sample.sample(model, noise[None], steps, cfg, "euler", "simple", [[words.context([prompt]), {}]], negative,
-                                torch.zeros(1, *domain.LATENT_SHAPE), disable_pbar=True)
-            seconds[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}        # the first of each was cold

@@ -98,8 +98,10 @@ def sources(tasks: Sequence[Task], of: Size) -> list[Task]:
 
 
 def measure(tasks: list[Task], device: str) -> None:
-    """Runs what has no result yet, as many at a time as there are cores (one on a GPU), each after what it needs."""
-    todo = [task for task in tasks if task.result() is None]
+    """Runs what has no result yet, as many at a time as there are cores (one on a GPU), each after what it needs. What is only sampled comes
+    last: it fills the gaps while one training waits for another.
+    """
+    todo = sorted((task for task in tasks if task.result() is None), key=lambda task: task.row.recipe is None)
     workers = (os.cpu_count() or 1) if device == "cpu" else 1
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         work.prepare(tasks, device, pool)

@@ -145,17 +145,16 @@ def velocity_of(model: WanLiteStudent) -> Callable[[Tensor, Tensor, Tensor], Ten
 
 
 @torch.inference_mode()
-def velocity_scores(model: WanLiteStudent, reference: Reference, cfg: float) -> dict[str, float]:
-    """error: sum |v - v_w|^2 / sum |v_w|^2 on the world's own shape, per quarter of sigma, and on the other shapes; closure of guidance."""
+def velocity_scores(model: WanLiteStudent | None, reference: Reference, cfg: float) -> dict[str, float]:
+    """error: sum |v - v_w|^2 / sum |v_w|^2 on the world's own shape, per quarter of sigma, and on the other shapes; closure of guidance.
+
+    model: None is the teacher itself, whose answers are there.
+    """
     world, found = reference.world, {}
     for name, states in reference.states.items():
         error = []
         for part in torch.arange(len(states["x"])).split(2 * AT_ONCE if name == "own" else AT_ONCE // 2):
-            x, sigma = states["x"][part], states["sigma"][part]
-            prompts = [world.prompts[number] for number in states["prompt"][part].tolist()]
-            v = velocity_of(model)(x, sigma, context_of(prompts))
-            if cfg != 1:
-                v = flow.guided(velocity_of(model)(x, sigma, context_of([world.negative] * len(part))), v, cfg)
+            v = states["v_pos" if cfg == 1 else "v_w"][part] if model is None else answered(model, world, states, part, cfg)
             error.append((v - states["v_w"][part]).square().flatten(1).sum(1))
         error, scale = torch.cat(error).double(), states["v_w"].square().flatten(1).sum(1).double()
         found["error" if name == "own" else f"error, {name}"] = float(error.sum() / scale.sum())
@@ -166,6 +165,13 @@ def velocity_scores(model: WanLiteStudent, reference: Reference, cfg: float) -> 
             gap = (states["v_pos"] - states["v_w"]).square().double().sum()
             found["closure"] = float(1 - error.sum() / gap) if gap > 0 else math.nan
     return found
+
+
+def answered(model: WanLiteStudent, world: World, states: Mapping[str, Tensor], part: Tensor, cfg: float) -> Tensor:
+    """The model's velocities [S, C, T, H, W] on these of the states, guided when cfg is not 1."""
+    x, sigma = states["x"][part], states["sigma"][part]
+    wanted = velocity_of(model)(x, sigma, context_of([world.prompts[number] for number in states["prompt"][part].tolist()]))
+    return wanted if cfg == 1 else flow.guided(velocity_of(model)(x, sigma, context_of([world.negative] * len(part))), wanted, cfg)
 
 
 def drawn(model: WanLiteStudent, reference: Reference, vae: Vae, steps: int, cfg: float) -> tuple[np.ndarray, np.ndarray]:

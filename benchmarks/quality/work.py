@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -12,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from demo import words
-from demo.comfy_path import open_comfyui
+from demo import timing
 from demo.world import BALLS, World
 from wanlite_model.config import WanConfig
 from wanlite_model.compress.apply import plain_cut
@@ -36,8 +34,6 @@ from ..teachers import train as train_teacher
 from .rows import Row
 from .score import Reference, clip_scores, drawn, make_part, open_vae, parts, velocity_scores
 from .task import Task
-
-ROUNDS = 3              # timed videos of each row
 
 
 def prepare(tasks: Sequence[Task], device: str, pool: Executor) -> None:
@@ -88,9 +84,9 @@ def settle(task: Task, device: str) -> dict:
     elif row.share < 1 or row.ffn < 1 or row.lora_of:
         start, starting = started(task, world, ModuleTeacher(module, shift=world.shift), world.cfg)
         student, trained["start seconds"] = start.load(torch.float32, device), starting
-    cfg = world.cfg if row.cfg is None else row.cfg
+    cfg = cfg_of(task)
     clips = (reference.clips, reference.varied) if row.kind == "teacher" else drawn(student, reference, vae, row.steps, cfg)
-    scores = {**velocity_scores(student, reference, cfg), **clip_scores(reference, *clips), **trained, "parameters": student.num_parameters(), "evaluations": row.steps * (1 if cfg == 1 else 2)}
+    scores = {**velocity_scores(None if student is module else student, reference, cfg), **clip_scores(reference, *clips), **trained, "parameters": student.num_parameters(), "evaluations": row.steps * (1 if cfg == 1 else 2)}
     write_student(task.folder / "student", config=student.wan, tensors=student.state_dict().items(), dtype=torch.bfloat16, overwrite=True)
     write_json(task.folder / "scores.json", {"key": task.key, "scores": scores})
     return scores
@@ -173,21 +169,10 @@ def fresh(task: Task, world: World) -> StudentHandle:
 
 
 def timed(tasks: Sequence[Task]) -> dict[Task, float]:
-    """Median seconds of a video through ComfyUI's own loader and sampler, warm, all rows in turn: compared with each other they mean something."""
-    open_comfyui()
-    import comfy.sample
-    import comfy.sd
-    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
-    opened = {task: ModelSamplingSD3().patch(comfy.sd.load_diffusion_model(str(task.folder / "student" / MODEL_FILE)), world_of(task).shift)[0]
-              for task in tasks}
-    seconds: dict[Task, list[float]] = {task: [] for task in tasks}
-    for turn in range(ROUNDS + 1):              # the first is not counted: it is cold
-        for task, model in opened.items():
-            world = world_of(task)
-            prompt, noise = world.pairs(1, first=turn)[0]
-            begun = time.perf_counter()
-            comfy.sample.sample(model, noise[None], task.row.steps, world.cfg if task.row.cfg is None else task.row.cfg, "euler", "simple",
-                                [[words.context([prompt]), {}]], [[words.context([world.negative]), {}]],
-                                torch.zeros(1, *world.latents), disable_pbar=True)
-            seconds[task].append(time.perf_counter() - begun)
-    return {task: statistics.median(times[1:]) for task, times in seconds.items()}
+    """Seconds of a video of each row."""
+    return timing.timed({task: timing.Sampled(file=task.folder / "student" / MODEL_FILE, world=world_of(task), steps=task.row.steps, cfg=cfg_of(task))
+                         for task in tasks})
+
+
+def cfg_of(task: Task) -> float:
+    return WORLDS[task.world].cfg if task.row.cfg is None else task.row.cfg

@@ -2,7 +2,7 @@
 import pytest
 from PIL import Image
 
-from demo import compare, main
+from demo import compare, main, timing
 from demo.sheet import draw
 from demo.workflows import STUDENT
 
@@ -47,8 +47,8 @@ def test_the_saved_workflow_draws_what_the_graphs_own_model_drew(demo):
 
 
 def test_teacher_plain_cut_and_student_are_measured_and_drawn(comfyui, demo, server, tmp_path, monkeypatch):
-    for name, value in (("PAIRS", 4), ("ERROR_PAIRS", 2), ("ROUNDS", 1)):
-        monkeypatch.setattr(compare, name, value)
+    for module, name, value in ((compare, "PAIRS", 4), (compare, "ERROR_PAIRS", 2), (timing, "ROUNDS", 1)):
+        monkeypatch.setattr(module, name, value)
     result = compare.measure(server.base, STUDENT, main.CUT)
     summary = result.summary
     assert list(summary) == ["teacher", "plain_cut", "student"]

@@ -87,8 +87,11 @@ def test_the_states_of_the_table_are_the_teachers_and_reach_low_noise():
     with torch.no_grad():
         reference = score.Reference(world=world, pairs=[], clips=np.zeros(0), varied=np.zeros(0), states={"own": states})
         guided, plain = (score.velocity_scores(teacher, reference, cfg) for cfg in (3.0, 1.0))
+        known = [score.velocity_scores(None, reference, cfg) for cfg in (3.0, 1.0)]
     assert guided["error"] < 1e-10 and guided["closure"] == pytest.approx(1.0)
     assert plain["error"] > 1e-6 and plain["closure"] == pytest.approx(0.0, abs=1e-6)
+    for told, asked in zip(known, (guided, plain)):     # what the teacher answers need not be asked again
+        assert told.keys() == asked.keys() and all(told[name] == pytest.approx(asked[name], abs=1e-6, nan_ok=True) for name in told)
 
 
 def test_the_changed_world_shows_the_other_of_each_pair():
