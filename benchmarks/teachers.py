@@ -1,6 +1,6 @@
 """The benchmark's worlds and the teachers that the demo does not bring: `python -m benchmarks.teachers` trains them into output/benchmarks.
 
-On two CPU cores the second world's takes most of an hour and the changed one's ten minutes; it goes on where it was stopped, and the full
+On two CPU cores the second world's takes half an hour to an hour and the changed one's ten minutes; it goes on where it was stopped, and the full
 quality table does the same for what is not there.
 """
 from __future__ import annotations
