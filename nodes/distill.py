@@ -25,14 +25,16 @@ class WanLiteDistill(io.ComfyNode):
                                                   "A LATENT with clips is training data too: clip i belongs to prompt i, or one prompt "
                                                   "serves all."),
                 io.Vae.Input("vae", optional=True, tooltip="Shows a sample on the node at every evaluation. Costs the time of drawing it."),
-                io.Sigmas.Input("sigmas", optional=True, tooltip="The noise levels of the teacher's recorded runs, from 1 down to 0. Without "
-                                                                 "it: the 'simple' scheduler at the teacher's shift."),
+                io.Sigmas.Input("sigmas", optional=True, tooltip="The noise levels that the student is to be sampled along, from 1 down to 0: "
+                                                                 "with a few-step preset as many steps as it makes, else the teacher's. "
+                                                                 "Without it: the 'simple' scheduler at the teacher's shift."),
                 Recipe.Input("recipe", optional=True, tooltip="Expert settings from WanLite Recipe."),
                 io.Combo.Input("preset", options=list(PRESETS), default="slim",
                                tooltip="What to make. " + " ".join(f"{name}: {preset.told}." for name, preset in PRESETS.items()) + " Where cfg is 1 afterwards, the negative prompt has no "
                                        "effect. Presets can follow each other: the student of one is the student to train for the next."),
                 io.Float.Input("cfg", default=5.0, min=1.0, max=100.0, step=0.1,
-                               tooltip="The teacher's guidance scale. 1 asks it without guidance."),
+                               tooltip="The teacher's guidance scale. 1 asks it without guidance; if that is because it was made for few steps, "
+                                       "set teacher_steps in WanLite Recipe to their number too."),
                 io.Float.Input("minutes", default=30.0, min=0.1, max=1e6, step=0.1,
                                tooltip="Length of the whole job in minutes, of which up to 40% go into asking the teacher. Counts when steps "
                                        "is 0."),
@@ -70,6 +72,6 @@ class WanLiteDistill(io.ComfyNode):
                                vae=vae, cfg=cfg, minutes=minutes, steps=steps, train_seed=train_seed)
         finished = training.run(folders.output_folder("runs") / run_name, folders.output_folder("cache"), cls.hidden.unique_id)
         report = "\n".join((finished.report, *training.notes))
-        trained = open_student(finished.handle, model if finished.handle.same_as == training.teacher.fingerprint else None)
+        trained = open_student(finished.handle, training.teacher.model if finished.handle.same_as == training.teacher.fingerprint else None)
         chart = picture(finished.losses, finished.evaluations, finished.plain_cut, finished.yardstick)
         return io.NodeOutput(finished.handle, trained, loss_map(finished.losses), report, chart, ui=told("Distill", report))

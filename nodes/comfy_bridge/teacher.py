@@ -9,6 +9,7 @@ from typing import Any
 import comfy.lora
 import comfy.model_base
 import comfy.model_management
+import comfy.model_patcher
 import comfy.model_sampling
 import torch
 from torch import Tensor
@@ -55,6 +56,11 @@ class ComfyTeacher:
             with self._mode():
                 self._fingerprint = fingerprint_tensors(*_identity(self._stored()), self.shift)
         return self._fingerprint
+
+    @property
+    def model(self) -> comfy.model_patcher.ModelPatcher:
+        """The MODEL that is asked: the one that was given, without what `left_out` names."""
+        return self._model
 
     def describe(self) -> str:
         """One line for a user: architecture, size, dtype, shift."""

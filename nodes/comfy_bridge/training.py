@@ -63,6 +63,11 @@ class Training:
                          shift=teacher.shift, latents=latents_fingerprint(latents), recipe=replace(chosen.recipe, **changes),
                          fold_guidance=chosen.fold_guidance, start_from="" if start_from is None else lora_fingerprint(start_from),
                          sigmas=None if sigmas is None else tuple(float(sigma) for sigma in sigmas), **settings)
+        its_own = replace(job, sigmas=None).student_steps
+        if job.trajectory and job.student_steps != its_own:
+            raise WanLiteError(f"The SIGMAS have {job.student_steps} steps and the student is to have {its_own}.",
+                               "With a few-step preset they are the student's own noise levels.",
+                               f"Connect SIGMAS of {its_own} steps, or leave the input open.")
         return cls(job=job, teacher=teacher, model=model, student=student, prompts=prompts, latents=latents, vae=vae, start_from=start_from)
 
     @property

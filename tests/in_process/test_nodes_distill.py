@@ -195,6 +195,7 @@ def bad_links():
         "an odd size": ({"latent": empty_latent(40, 32)}, "even width and height"),
         "three clips for two prompts": ({"latent": {"samples": torch.randn(3, 16, 2, 4, 4)}}, "3 latents and 2 prompts"),
         "a masked clip": ({"latent": {"samples": torch.randn(2, 16, 2, 4, 4), "noise_mask": torch.ones(1)}}, "noise mask"),
+        "sigmas of another number of steps": ({"preset": "few-step 4", "recipe": {"student_steps": 4}, "sigmas": torch.linspace(1, 0, 21)}, "SIGMAS have 20 steps"),
         "sigmas that stop halfway": ({"sigmas": torch.tensor([1.0, 0.5])}, "sigmas run from"),
     }
 
@@ -249,6 +250,44 @@ def test_a_preset_that_makes_a_lora_ends_in_a_file_for_the_stock_lora_loader(com
 def test_the_image_preset_wants_one_frame(distil, refused):
     with refused("for one frame and the LATENT has 5"):
         distil("image", preset="image")
+
+
+def test_the_image_preset_ends_in_a_student_for_one_frame(comfyui, distil, pack):
+    frame = empty_latent(32, 32, 1)
+    student, model, _, report, _ = distil("one-frame", preset="image", latent=frame)
+    assert student.card.size == (32, 32, 1) and (student.card.steps, student.card.cfg) == (2, 1.0) and not student.loras, student.card
+    assert "end of a clip" in report and "The negative prompt has no effect" in report
+    x = torch.randn(1, 16, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    _, sigma, cond = state()
+    assert torch.isfinite(pack("nodes.comfy_bridge.teacher").ComfyTeacher(model).velocity(x, sigma[:1], type(cond)(context=cond.context[:1]))).all()
+
+
+def test_a_few_step_student_goes_on_with_distribution_matching(comfyui, teacher, distil, pack, refused):
+    """Through the graph alone: same size, few steps, then the objective of WanLite Recipe; one LoRA is left, and it is another one."""
+    same, _ = call(pack("nodes.student").WanLiteCreateStudent, model=teacher, prompts=BANK, latent=LATENT, preset="same size")
+    node, settings = pack("nodes.recipe").WanLiteRecipe, {"rank": 2, "learning_rate": 2e-3, "teacher_steps": 4, "student_steps": 2, "evaluations": 2}
+    few, *_ = distil("few", student=same, preset="few-step 4", recipe=call(node, **settings)[0], steps=4)
+    sharper = call(node, objective="distribution", **settings)[0]
+    student, model, _, report, _ = distil("sharper", student=few, preset="few-step 4", recipe=sharper, steps=4)
+    assert "Held-out drift" in report and "LoRA as it was" in report and len(student.loras) == 1 and student.card.steps == 2
+    assert student.card.measured["held_out_drift"] >= 0 and student.fingerprint != few.fingerprint
+    x, sigma, cond = state()
+    wrap = pack("nodes.comfy_bridge.teacher").ComfyTeacher
+    assert torch.isfinite(wrap(model).velocity(x, sigma, cond)).all()
+    with refused("one few-step LoRA"):
+        distil("too-early", student=same, preset="few-step 4", recipe=sharper, steps=4)
+    left = comfyui.base / "output/wanlite/runs/too-early"
+    assert not left.exists() or not any(left.iterdir())                              # before anything was asked
+
+
+def test_the_model_that_is_handed_out_carries_nothing_that_the_teacher_left_out(teacher, distil, pack):
+    same, _ = call(pack("nodes.student").WanLiteCreateStudent, model=teacher, prompts=BANK, latent=LATENT, preset="same size")
+    carrying = teacher.clone()
+    carrying.set_model_sampler_post_cfg_function(lambda args: args["denoised"])
+    settings = call(pack("nodes.recipe").WanLiteRecipe, rank=2, teacher_steps=2, evaluations=1)[0]
+    _, model, _, report, _ = distil("plain", student=same, model=carrying, preset="no-cfg", recipe=settings, steps=1)
+    assert "Left out of the teacher: a post-cfg function" in report
+    assert not {"sampler_post_cfg_function"} & set(model.model_options) and "sampler_post_cfg_function" in carrying.model_options
 
 
 def test_a_speed_lora_can_be_what_training_starts_from(comfyui, teacher, distil, pack, refused):

@@ -234,6 +234,14 @@ def test_blocks_that_learned_what_the_removed_ones_did_start_nearer_to_the_teach
     assert not list(tmp_path.glob(".*")) and "trained by itself for 60 steps" in result_of(create(tmp_path, teacher, keep=(0, 1, 4, 5), depth=None, block_steps=60))[1]
 
 
+def test_the_first_kept_block_learns_what_the_blocks_before_it_did(tmp_path, few_states):
+    teacher = counting_teacher(depth=4)
+    cut, healed = (result_of(create(tmp_path, teacher, keep=(2, 3), depth=None, block_steps=steps))[0] for steps in (0, 60))
+    assert healed.card.measured["start_error"] < 0.9 * cut.card.measured["start_error"]
+    with cut.open() as before, healed.open() as after:
+        assert {name.split(".")[1] for (name, old), (_, new) in zip(before.tensors(), after.tensors()) if not torch.equal(old, new)} == {"0", "1"}
+
+
 def test_the_memory_that_healing_may_take_does_not_change_its_result(tmp_path, monkeypatch, few_states):
     teacher = counting_teacher(depth=4)
     one = result_of(create(tmp_path / "a", teacher, keep=(0, 3), depth=None, block_steps=5))[0]

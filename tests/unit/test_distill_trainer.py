@@ -208,6 +208,15 @@ def test_finish_now_ends_early_with_the_best_so_far(setting):
     assert isinstance(events[-2], Stage) and isinstance(events[-1], Finished) and "500 planned" in events[-1].report
 
 
+def test_minutes_that_end_in_a_checkpoint_leave_no_step_unmeasured(setting, monkeypatch):
+    ended, exact = [], RunFolder.save
+    monkeypatch.setattr(RunFolder, "save", lambda self, state: exact(self, state) if state.step < 3 else ended.append(0) or exact(self, state))
+    clock = iter(range(0, 10_000_000, 20))      # each look at the clock is 20 seconds later
+    monkeypatch.setattr("wanlite_model.distill.trainer.time.monotonic", lambda: float(next(clock)))
+    events = list(setting.events(setting.job(steps=500, recipe={"save_every": 0.1}), "ended while saving", should_finish=lambda: bool(ended)))
+    assert [event.step for event in events if isinstance(event, (Step, Eval))] == [1, 2, 3, 3]
+
+
 def test_after_a_crash_the_report_is_of_the_weights_that_are_handed_out(setting):
     """The best weights are written at once, the checkpoint every few minutes: a crash leaves a best that is newer."""
     job, older = setting.job(steps=8, recipe={"evaluations": 2}), None
@@ -309,6 +318,24 @@ def test_with_eight_prompts_the_report_says_that_new_prompts_were_measured(tmp_p
     assert "of 2 prompts that were never trained on" in end.report
 
 
+def test_a_job_that_is_too_short_for_its_prompts_says_so(tmp_path, caplog):
+    setting = Setting(tmp_path, prompts=24)
+    told = "Only {} of the 24 prompts are used: "
+    short = list(setting.events(setting.job(steps=1), "short"))[-1].report
+    assert told.format(16) + "so few steps need no more." in short
+    RunFolder(tmp_path / "slow").path.mkdir()
+    RunFolder(tmp_path / "slow").note("units", 5)                   # what a slow card would have measured
+    timed = list(setting.events(setting.job(steps=0, minutes=0.1), "slow"))[-1].report
+    assert told.format(5) + "the minutes allow no more. Give more minutes, or set a lower renoised" in timed and told.format(5) in caplog.text
+    assert "prompts are used" not in list(setting.events(setting.job(steps=10), "long"))[-1].report
+
+
+def test_a_teacher_asked_without_guidance_is_a_many_step_teacher_unless_told(setting):
+    told = "asked without guidance, along 12 steps"
+    assert told in list(setting.events(setting.job(cfg=1.0, steps=1, recipe={"teacher_steps": 12}), "many steps"))[-1].report
+    assert "without guidance, along" not in list(setting.events(setting.job(cfg=1.0, steps=1), "its own steps"))[-1].report
+
+
 def test_samples_are_drawn_at_evaluations_when_asked_for(setting):
     drawn = [event for event in setting.events(name="drawn", samples=True) if isinstance(event, Sample)]
     assert [sample.step for sample in drawn] == [3, 6] and drawn[0].latents.shape == (1, *SHAPE)
@@ -390,6 +417,26 @@ def test_a_run_with_muon_goes_on_where_it_stopped_and_holds_one_moment_of_a_matr
     list(setting.events(setting.job(recipe={"optimizer": "Muon", "rank": 4}), "muon lora"))
     list(setting.events(setting.job(recipe={"rank": 4}), "adamw lora"))
     assert same(setting.state("muon lora"), setting.state("adamw lora"))             # adapters take AdamW, as the setting says
+
+
+def test_a_step_that_broke_off_in_the_optimizer_is_not_saved(setting, monkeypatch):
+    """Some of the weights have moved and some have not: what is on disk stays the last whole step."""
+    job, exact, calls = setting.job(recipe={"optimizer": "Muon"}), Muon._orthogonal_step, []
+
+    def fails(self, matrices, gradients):
+        calls.append(0)
+        if len(calls) == 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return exact(self, matrices, gradients)
+
+    list(setting.events(job, "muon unbroken"))
+    until(setting.events(job, "muon broken"), lambda event: isinstance(event, Step) and event.step == 3)
+    monkeypatch.setattr(Muon, "_orthogonal_step", fails)
+    with pytest.raises(WanLiteError, match="up to the last checkpoint is kept"):
+        list(setting.events(job, "muon broken"))
+    monkeypatch.undo()
+    assert [event.step for event in setting.events(job, "muon broken") if isinstance(event, Step)] == [4, 5, 6]
+    assert same(setting.state("muon unbroken"), setting.state("muon broken"))
 
 
 def test_an_adapter_run_goes_on_where_it_stopped(setting):

@@ -32,7 +32,8 @@ def heal_blocks(teacher: Teacher, read: Read, plan: CompressionPlan, probe: Prob
     ends = [*(block - 1 for block in plan.keep[1:]), plan.teacher_layers - 1]       # the last teacher block that each of ours stands for
     walk = Walk(read, plan, teacher, probe)
     total = blocks * steps
-    first_gap = next((j for j, (block, end) in enumerate(zip(plan.keep, ends)) if block != end), blocks)
+    starts = [0, *plan.keep[1:]]                        # and the first: what is gone before the first kept block falls to that one
+    first_gap = next((j for j, (start, end) in enumerate(zip(starts, ends)) if start != end), blocks)
     targets: dict[str, Tensor] = {}
     for j in range(blocks):
         block = walk.enter(j)

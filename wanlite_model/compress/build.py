@@ -42,7 +42,7 @@ from .walk import KEPT, MEMORY
 
 log = logging.getLogger(__name__)
 
-VERSION = 4                 # raise it when the same request would give other weights
+VERSION = 5                 # raise it when the same request would give other weights
 NOTE = "start.json"
 HELD_OUT = 8                # states for the report, which take no part in any choice
 LEAST_STATES, MOST_STATES, DEPTH_STATES = 8, 64, 16

@@ -25,7 +25,7 @@ def fresh_state(job: DistillJob, handle: StudentHandle, teacher: Teacher, start_
     """The state before the first step. Raises WanLiteError when the student is not one that the objective can go on from."""
     begin, merged = start_from or Lora(factors={}), handle
     if job.matching:
-        begin, merged = _few_step_lora(job, handle, teacher, start_from), replace(handle, loras=())
+        begin, merged = few_step_lora(job, handle, teacher, start_from), replace(handle, loras=())
     frozen = job.recipe.rank > 0
     dtype = None if frozen and teacher.device.type == "cuda" else torch.float32      # autocast computes in half precision, the CPU does not
     module = merged.load(dtype, teacher.device).train()
@@ -58,13 +58,13 @@ def _adapters(job: DistillJob, module: WanLiteStudent, begin: Lora) -> tuple[Ada
     return adapters, Adapters(module, fresh("critic"), enabled=False) if job.matching else None
 
 
-def _few_step_lora(job: DistillJob, handle: StudentHandle, teacher: Teacher, start_from: Lora | None) -> Lora:
+def few_step_lora(job: DistillJob, handle: StudentHandle, teacher: Teacher, start_from: Lora | None) -> Lora:
     """What distribution matching goes on from. Raises WanLiteError unless the student is its teacher with one LoRA over it."""
     same, loras = handle.same_as == teacher.fingerprint, handle.loras
     if not same or len(loras) + (start_from is not None) != 1:
         raise WanLiteError("The student is not its teacher with one few-step LoRA over it.",
                            "Distribution matching sharpens what a few-step preset made at the teacher's own size.",
-                           "Connect the student of such a run, or a student of the teacher's size and a few-step LoRA as start_from.")
+                           "Connect the student of such a run, or WanLite Create Student's at the same size and a few-step LoRA as start_from.")
     if loras and handle.card is not None and handle.card.steps != job.student_steps:
         raise WanLiteError(f"The student was made for {handle.card.steps} steps, and this job is for {job.student_steps}.", "",
                            "Choose the preset of its number of steps, or set student_steps in WanLite Recipe.")

@@ -12,9 +12,10 @@ from ..compress.handle import StudentHandle
 from ..formats.card import StudentCard
 from ..formats.lora import Lora, write_lora
 from ..formats.write import write_student
+from ..prompts import PromptBank
 from ..teacher import Teacher, fingerprint_tensors
 from .checkpoint import RunFolder, TrainState
-from .data import TeacherCache
+from .data import TeacherCache, state_counts
 from .evaluate import Held
 from .events import Finished
 from .job import HOLDOUT_PROMPTS, DistillJob
@@ -36,7 +37,7 @@ class Measured:
 
 
 def write_finished(job: DistillJob, files: RunFolder, start: StudentHandle, teacher: Teacher, state: TrainState, planned: int,
-                   cache: TeacherCache, measured: Measured) -> Finished:
+                   cache: TeacherCache, prompts: PromptBank, measured: Measured) -> Finished:
     """Writes the best student into the run folder and notes the end, so that the same job returns at once."""
     card = _card(job, start, teacher, measured, state)
     best = files.load_best()
@@ -47,7 +48,7 @@ def write_finished(job: DistillJob, files: RunFolder, start: StudentHandle, teac
         write_lora(files.lora, Lora(factors=state.adapters.factors(best), diffs=state.adapters.diffs), card=card)
         before = () if job.matching else start.loras        # it took the LoRA's place
         handle = replace(start, loras=(*before, str(files.lora)), fingerprint=fingerprint_tensors(best.items(), start.fingerprint), card=card)
-    files.note("finished", {"handle": handle.to_json(), "report": _report(job, measured, state, planned, cache),
+    files.note("finished", {"handle": handle.to_json(), "report": _report(job, measured, state, planned, cache, prompts),
                             "plain_cut": measured.plain.error, "yardstick": measured.yardstick})
     return finished_from_disk(files)
 
@@ -80,7 +81,17 @@ def _scheduler(job: DistillJob) -> str:
     return "the SIGMAS that were connected (the saved workflow says simple)"
 
 
-def _report(job: DistillJob, measured: Measured, state: TrainState, planned: int, cache: TeacherCache) -> str:
+def unasked(cache: TeacherCache, prompts: PromptBank) -> str:
+    """A sentence where a job is too short for all of the prompts; else empty."""
+    used, job = len({unit.prompt for unit in cache.units}), cache.job
+    if used == len(prompts):
+        return ""
+    why = ("so few steps need no more." if job.steps else
+           "the minutes allow no more. Give more minutes" + (", or set a lower renoised in WanLite Recipe." if state_counts(job)[1] else "."))
+    return f"Only {used} of the {len(prompts)} prompts are used: {why}"
+
+
+def _report(job: DistillJob, measured: Measured, state: TrainState, planned: int, cache: TeacherCache, prompts: PromptBank) -> str:
     """Held-out numbers first; a falling training loss proves nothing."""
     target = f"the teacher at cfg {job.cfg:g}"
     held, plain, started = measured.best, measured.plain, measured.start
@@ -104,10 +115,16 @@ def _report(job: DistillJob, measured: Measured, state: TrainState, planned: int
         f"Sample with euler, {_scheduler(job)}, {job.student_steps} steps, "
         f"cfg {job.student_cfg:g}, shift {job.shift:g}.",
     ]
-    if job.fold_guidance and job.guided and not job.trajectory:
-        way = (f"{held.closure:.0%} of the way from the unguided to the guided teacher" if held.closure > 0 else
-               "not yet, the unguided teacher is nearer to the guided one than this student is")
-        lines.insert(3, f"Guidance folded in: {way}. The negative prompt has no effect on this student.")
+    if job.fold_guidance and job.guided:
+        way = ("" if job.trajectory else
+               f": {held.closure:.0%} of the way from the unguided to the guided teacher" if held.closure > 0 else
+               ": not yet, the unguided teacher is nearer to the guided one than this student is")
+        lines.insert(3, f"Guidance folded in{way}. The negative prompt has no effect on this student.")
+    if told := unasked(cache, prompts):
+        lines.append(told)
+    if not job.guided and not job.grid_only:
+        lines.append(f"The teacher was asked without guidance, along {job.path_steps} steps. One that was made for few steps has to be asked along its own: "
+                     "set teacher_steps in WanLite Recipe.")
     if state.best_step == 0:
         lines.append("No evaluation was better than the start: train longer, or lower the learning rate.")
     return "\n".join(lines)

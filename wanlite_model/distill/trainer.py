@@ -25,12 +25,12 @@ from ..formats.lora import Lora
 from ..prompts import PromptBank
 from ..teacher import Cond, Teacher, fingerprint_tensors, guided_pair, pad_together
 from . import objectives
-from .begin import fresh_state, online_teacher
+from .begin import few_step_lora, fresh_state, online_teacher
 from .checkpoint import RunFolder, TrainState
 from .data import Batch, TeacherCache, check_latents, plan_units, seeded, student_sigmas
 from .evaluate import Held, evaluate, roll, student_velocity
 from .events import Eval, Event, Sample, Saved, Stage, Step
-from .finish import PLAIN_CUT, Measured, finished_from_disk, write_finished
+from .finish import PLAIN_CUT, Measured, finished_from_disk, unasked, write_finished
 from .job import DistillJob
 from .matching import Matching
 from .optim import lr_at
@@ -95,7 +95,8 @@ class Run:
             try:
                 yield from self._work()
             except torch.cuda.OutOfMemoryError as error:
-                raise WanLiteError("This job does not fit into this card's memory.", "Everything up to the last step is kept.",
+                kept = "last step" if self.whole else "last checkpoint"
+                raise WanLiteError("This job does not fit into this card's memory.", f"Everything up to the {kept} is kept.",
                                    "Type a new run name, and lower batch_size, the frames or the size of the LATENT, or keep fewer blocks.") from error
 
     def _work(self) -> Iterator[Event]:
@@ -116,7 +117,7 @@ class Run:
         yield from self._load(self.state.trained, self.files.load_best().items(), "loading the best")
         handed_out = yield from self._evaluate("evaluating what is handed out")
         yield Stage(name="writing the student", done=0, total=1)
-        yield write_finished(self.job, self.files, self.handle, self.teacher, self.state, self.steps, self.cache,
+        yield write_finished(self.job, self.files, self.handle, self.teacher, self.state, self.steps, self.cache, self.prompts,
                              Measured(best=handed_out, start=self.start, plain=self.plain, yardstick=self._yardstick()))
 
     def _check(self) -> None:
@@ -137,6 +138,8 @@ class Run:
         if self.job.recipe.objective == "velocity + features" and not self._is_cut():
             raise WanLiteError(f"The student is no part of this teacher: {ours.num_layers} blocks of {ours.dim} beside {its.num_layers} of {its.dim}.",
                                "Block features can only be compared between a teacher and what was cut from it.", "Choose another objective.")
+        if self.job.matching:
+            few_step_lora(self.job, self.handle, self.teacher, self.start_from)
         channels, _, height, width = self.job.shape
         if channels != self.teacher.config.out_dim:
             raise WanLiteError(f"The latents have {channels} channels; this teacher's have {self.teacher.config.out_dim}.", "",
@@ -156,30 +159,30 @@ class Run:
         return ours.dim == its.dim and max(self.handle.plan.keep) < its.num_layers and ours.ffn_dim <= its.ffn_dim
 
     def _fill_cache(self) -> Generator[Event, None, TeacherCache]:
-        """How many units the minutes allow is measured on the first group, and noted before the others are asked for."""
+        """How many units the minutes allow is measured on the first group, and noted before the others are asked for.
+
+        Distribution matching learns from none of them and is measured on those held out: they are few, and all are asked for.
+        """
         def cache(units: int | None) -> TeacherCache:
             return TeacherCache(self.cache_root, self.job, plan_units(self.job, self.prompts, self.latents, units))
 
         noted = self.files.noted("units")
-        if self.job.steps == 0 and noted is None:
-            planned = cache(None)
-            whole = self._asked(planned)
-            affordable, each_counts = len(whole.units), len(planned.units) / len(whole.units)
+        if self.job.steps == 0 and noted is None and not self.job.matching:
+            whole = cache(None)
+            affordable = len(whole.units)
             missing = next((group for group in whole.groups() if not all(map(whole.intact, group))), None)
             if missing is not None:
                 begun = time.monotonic()
                 yield from self._ask(TeacherCache(self.cache_root, self.job, missing))
                 each = max(1e-3, (time.monotonic() - begun) / len(missing))
                 affordable = max(0, int((CACHE_SHARE * 60 * self.job.minutes - self._seconds()) / each))
-            noted = int(whole.affordable(affordable) * each_counts)
+            noted = whole.affordable(affordable)
             self.files.note("units", noted)
         filled = cache(noted)
-        yield from self._ask(self._asked(filled))
+        if told := unasked(filled, self.prompts):
+            log.warning("WanLite: %s", told)
+        yield from self._ask(TeacherCache(self.cache_root, self.job, filled.held) if self.job.matching else filled)
         return filled
-
-    def _asked(self, cache: TeacherCache) -> TeacherCache:
-        """The units that the teacher is asked for: distribution matching learns from none of them, and is measured on those held out."""
-        return TeacherCache(self.cache_root, self.job, cache.held) if self.job.matching else cache
 
     def _ask(self, cache: TeacherCache) -> Iterator[Stage]:
         for done, total in cache.fill(self.teacher, self.prompts, self.latents):
@@ -217,7 +220,9 @@ class Run:
             return "LoRA as it was"
         if not self._is_cut():
             return "untrained student"
-        return "teacher without guidance" if self.handle.same_as == self.teacher.fingerprint else PLAIN_CUT
+        ours, its = self.handle.config, self.teacher.config
+        whole = (ours.num_layers, ours.ffn_dim) == (its.num_layers, its.ffn_dim)         # then what is cut is nothing
+        return "teacher without guidance" if whole else PLAIN_CUT
 
     def _plain_cut(self) -> Generator[Event, None, Held]:
         """What the plain cut is worth; the student gives it its place in memory, and comes back."""
@@ -271,18 +276,20 @@ class Run:
         """The loop. Whatever ends it, the last complete step is on disk afterwards."""
         saved, saved_at, state = self.state.step, time.monotonic(), self.state
         try:
-            if self._due() and all(row["step"] != state.step for row in self.files.rows("eval")):
+            if self._due() and not self._measured():
                 yield from self._measure()              # it was stopped while it did
             while state.step < self.steps and not self._over():
                 step = self._step()
                 self.files.log(kind="step", step=step.step, loss=step.loss, grad_norm=step.grad_norm, lr=step.lr, seconds=step.seconds)
                 yield step
-                if self._due() or self._over():
+                if self._due():
                     yield from self._measure()
                 if time.monotonic() - saved_at >= 60 * self.job.recipe.save_every:
                     size = self.files.save(state)
                     saved, saved_at = state.step, time.monotonic()
                     yield Saved(step=state.step, bytes=size)
+            if state.step > 0 and not self._measured():
+                yield from self._measure()              # it ended between two evaluations
         finally:
             if state.step > saved and self.whole:
                 self.files.save(state)
@@ -290,6 +297,10 @@ class Run:
     def _due(self) -> bool:
         """Whether the step that was just finished is one to evaluate."""
         return self.state.step > 0 and (self.state.step % self.every == 0 or self.state.step == self.steps)
+
+    def _measured(self) -> bool:
+        """Whether the weights after the last step were evaluated."""
+        return any(row["step"] == self.state.step for row in self.files.rows("eval"))
 
     def _over(self) -> bool:
         """The user said so, or a job that was given minutes and not steps has used them up."""
@@ -307,12 +318,12 @@ class Run:
         lr = lr_at(state.step, self.steps, self.job.recipe)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        self.whole = self.matching is None              # else the critic moves first
         for loss in self._backward(state.step, self.steps):
             norm = clip_grad_norm_(state.trained.values(), self.job.recipe.max_grad_norm)
             if not torch.isfinite(loss + norm):
                 raise WanLiteError(f"The loss is not finite at step {state.step + 1}.", "What is on disk is from before it.",
                                    "Lower the learning rate and type a new run name.")
+            self.whole = False
             state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
         state.average.update(state.step)
