@@ -255,7 +255,7 @@ def test_the_image_preset_wants_one_frame(distil, refused):
 def test_the_image_preset_ends_in_a_student_for_one_frame(comfyui, distil, pack):
     frame = empty_latent(32, 32, 1)
     student, model, _, report, _ = distil("one-frame", preset="image", latent=frame)
-    assert student.card.size == (32, 32, 1) and (student.card.steps, student.card.cfg) == (2, 1.0) and not student.loras, student.card
+    assert student.card.size == (32, 32, 1) and (student.card.steps, student.card.cfg) == (8, 1.0) and not student.loras, student.card
     assert "end of a clip" in report and "The negative prompt has no effect" in report
     x = torch.randn(1, 16, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     _, sigma, cond = state()
