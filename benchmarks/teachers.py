@@ -25,7 +25,7 @@ from .swapped import SWAPPED
 WORLDS = {world.name: world for world in (BALLS, BARS, SWAPPED)}
 WORK = ROOT / "output" / "benchmarks"
 RECIPES = {BARS.name: Recipe(steps=1500),
-           SWAPPED.name: Recipe(steps=400, clips_per_prompt=4, muon_lr=1e-3, adam_lr=5e-4, warm_up=20, ema=0.98)}      # goes on from the first world's
+           SWAPPED.name: Recipe(steps=1000, clips_per_prompt=8, muon_lr=2e-3, adam_lr=1e-3, warm_up=20, ema=0.99)}      # goes on from the first world's
 
 
 def train(world: World) -> None:

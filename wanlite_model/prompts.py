@@ -18,6 +18,8 @@ from .files import replace_file
 from .teacher import Cond
 
 FORMAT = "wanlite.prompts"
+HOLDOUT_PROMPTS = 8             # from this many on, whole prompts are held out
+MOST_HELD_OUT = 16
 
 
 def parse_prompts(text: str) -> tuple[str, ...]:
@@ -75,6 +77,17 @@ class PromptBank:
     def context_key(self, index: int) -> str:
         """A hash of one prompt's embedding: what its cached answers depend on."""
         return _hash(self.contexts[index])
+
+    @property
+    def held_out(self) -> tuple[int, ...]:
+        """The prompts that students are measured on and never trained on; none where there are fewer than 8, or two that read alike.
+
+        What they say decides it and nothing else, so that all jobs on these prompts, one preset after another, leave out the same.
+        """
+        keys = [self.context_key(index) for index in range(len(self))]
+        if len(self) < HOLDOUT_PROMPTS or len(set(keys)) < len(keys):
+            return ()
+        return tuple(sorted(range(len(self)), key=keys.__getitem__)[:max(2, min(MOST_HELD_OUT, len(self) // 8))])
 
     @property
     def fingerprint(self) -> str:

@@ -97,11 +97,19 @@ def sources(tasks: Sequence[Task], of: Size) -> list[Task]:
     return sorted(needed - set(tasks), key=lambda task: task.seed)
 
 
+def unsettled(tasks: Sequence[Task]) -> list[Task]:
+    """Those without a result, and those that begin with what one of them is to end with."""
+    found = [task for task in tasks if task.result() is None]
+    while more := [task for task in tasks if task not in found and {other.folder for other in found} & set(task.needs)]:
+        found += more
+    return found
+
+
 def measure(tasks: list[Task], device: str) -> None:
     """Runs what has no result yet, as many at a time as there are cores (one on a GPU), each after what it needs. What is only sampled comes
     last: it fills the gaps while one training waits for another.
     """
-    todo = sorted((task for task in tasks if task.result() is None), key=lambda task: task.row.recipe is None)
+    todo = sorted(unsettled(tasks), key=lambda task: task.row.recipe is None)
     workers = (os.cpu_count() or 1) if device == "cpu" else 1
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         work.prepare(tasks, device, pool)

@@ -16,9 +16,10 @@ TINY = {"learning_rate": 2e-3, "batch_size": 16, "evaluations": 4}
 TINY_MUON = {**TINY, "learning_rate": 5e-3}
 TINY_LORA = {**TINY, "learning_rate": 4e-3}
 TINY_SHARPENED = {"learning_rate": 1e-3, "batch_size": 16, "evaluations": 5, "ema_decay": 0.98}
-TEACHER_STEPS, PATH_STEPS = 30, 6        # of the teacher as it is sampled, and of the paths that velocities are learned on
+TEACHER_STEPS, PATH_STEPS, TRACED_STEPS = 30, 6, 20         # of the teacher as it is sampled, of the paths that velocities are learned on, and of those that nothing is added to
 BLOCK_STEPS = 150
-BASELINE_MORE = 1.5             # steps of the plain baseline, with AdamW, to one of slim's, with Muon: the same seconds at this size
+PLAIN = {"method": "interleaved", "optimizer": "AdamW"}
+BASELINE_MORE = 1.5             # steps of a baseline, with AdamW, to one of slim's, with Muon: the same seconds at this size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,17 +92,18 @@ def rows(budget: Budget = SHORT) -> tuple[Row, ...]:
           for steps in (8, PATH_STEPS, 4) for cfg in (None, 1.0)),
         Row(name="plain cut", kind="baseline", steps=PATH_STEPS, share=SLIM, method="plain"),
         slim("from scratch", heal, kind="baseline", scratch=True),
-        slim("plain baseline", round(BASELINE_MORE * heal), kind="baseline", method="interleaved", optimizer="AdamW"),
+        slim("plain baseline", round(BASELINE_MORE * heal), kind="baseline", **PLAIN, renoised=0.0, full_range=0.0, teacher_steps=TRACED_STEPS, steps=PATH_STEPS),
+        slim("plain baseline, slim's states", round(BASELINE_MORE * heal), kind="baseline", **PLAIN),
         trained("no-cfg", "no-cfg", fold, steps=TEACHER_STEPS),
         slim("slim", heal),
-        trained("keep-cfg", "keep-cfg", heal // 2, share=SLIM, cfg=None),
+        trained("keep-cfg", "keep-cfg", heal, share=SLIM, cfg=None),
         trained("few-step 8", "few-step 8", few),
         trained("few-step 4", "few-step 4", few),
         trained("slim + few-step 4", "few-step 4", few, after="slim", share=SLIM),
         Row(name="teacher, one frame", kind="teacher", steps=TEACHER_STEPS, cfg=None, frames=1),
         Row(name="teacher, one frame, 8 steps", kind="baseline", steps=8, cfg=None, frames=1),
         Row(name="plain cut, one frame", kind="baseline", steps=8, share=SLIM, method="plain", frames=1),
-        trained("image", "image", heal // 2, share=SLIM, frames=1),
+        trained("image", "image", heal, share=SLIM, frames=1),
         slim("slim of few-step 4", heal // 2, of="few-step 4", teacher_steps=4),
     )
 

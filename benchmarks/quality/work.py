@@ -40,7 +40,7 @@ def prepare(tasks: Sequence[Task], device: str, pool: Executor) -> None:
     """Sees to it that each world's teacher is there, and what the rows are compared with."""
     for world in {task.world for task in tasks} - {BALLS.name}:
         train_teacher(WORLDS[world])
-    missing = [pool.submit(refer, task, part, device) for task in {(task.world, task.row.frames): task for task in tasks}.values()
+    missing = [pool.submit(refer, task, part, device) for task in {(task.world, task.row.frames): task for task in sorted(tasks, key=lambda task: task.videos)}.values()
                for part in parts(world_of(task), task.videos) if not (reference_folder(task) / part).exists()]
     for done in missing:
         done.result()

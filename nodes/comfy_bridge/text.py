@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from ...wanlite_model.config import TEXT_LEN
-from ...wanlite_model.distill.job import HOLDOUT_PROMPTS
 from ...wanlite_model.errors import WanLiteError
 from ...wanlite_model.formats.place import check_name
 from ...wanlite_model.formats.workflow import NEGATIVE
-from ...wanlite_model.prompts import PromptBank, parse_prompts, trim
+from ...wanlite_model.prompts import HOLDOUT_PROMPTS, PromptBank, parse_prompts, trim
 from . import folders
 
 ENOUGH = 24             # prompts of a job whose student is to know more than them

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from benchmarks.bars import BARS, adherence, read
 from benchmarks.quality import score, work
-from benchmarks.quality.__main__ import FULL_SIZE, QUICK_SIZE
+from benchmarks.quality.__main__ import FULL_SIZE, QUICK_SIZE, unsettled
 from benchmarks.quality.rows import ablations, chosen, moved, rows
 from benchmarks.quality.table import table
 from benchmarks.quality.task import Task
@@ -112,6 +113,26 @@ def test_tasks_wait_for_what_they_need_and_nobody_asks_twice(tmp_path):
     assert healed.needs == [tmp_path / "balls" / "few-step-4-1"]
     of = {name: dataclasses.replace(task, row=table[name]).cache for name in ("teacher", "slim", "no-cfg", "few-step 8", "few-step 4", "slim of few-step 4")}
     assert of["teacher"] is None and of["slim"] == of["no-cfg"] and len(set(of.values())) == 5
+
+
+def test_what_follows_a_row_that_is_trained_anew_is_trained_anew(tmp_path):
+    table = {row.name: row for row in rows()}
+    tasks = [Task(row=table[name], world="balls", seed=0, videos=8, home=tmp_path) for name in ("teacher", "slim", "slim + few-step 4")]
+    for task in tasks:
+        task.folder.mkdir(parents=True)
+        (task.folder / "scores.json").write_text(json.dumps({"key": task.key, "scores": {}}))
+    assert unsettled(tasks) == []
+    other = dataclasses.replace(tasks[1], row=dataclasses.replace(table["slim"], training=3))
+    assert unsettled([tasks[0], other, tasks[2]]) == [other, tasks[2]]
+
+
+def test_all_that_the_rows_are_compared_with_is_made(monkeypatch, tmp_path):
+    """Rows of fewer videos, the ablations, come last, and must not decide for the others."""
+    made = []
+    monkeypatch.setattr(work, "refer", lambda task, part, device: made.append(part))
+    pool = SimpleNamespace(submit=lambda function, *given: SimpleNamespace(result=lambda: function(*given)))
+    work.prepare([Task(row=row, world="balls", seed=0, videos=FULL_SIZE.videos_of(row), home=tmp_path / "full") for row in FULL_SIZE.rows("balls")], "cpu", pool)
+    assert sum(part.startswith("clips") for part in made) == 2 * 1024 / score.PART          # of clips and of single frames
 
 
 def test_bars_are_read_back_and_held_out_prompts_stay_out():

@@ -306,3 +306,13 @@ def test_blocks_are_trained_from_the_refit_on_and_behind_narrower_ffns_too(tmp_p
     refitted, after, trained = made(refit="mean"), made(refit="mean", block_steps=1), made(block_steps=1)
     bias = "blocks.2.cross_attn.o.bias"
     assert (after[bias] - refitted[bias]).norm() < 0.5 * (after[bias] - trained[bias]).norm()
+
+
+def test_two_processes_that_make_the_same_start_wait_for_each_other(tmp_path):
+    """The second one finds what the first made."""
+    starts = tmp_path / "starts"
+    first, second = (create(starts, counting_teacher(depth=4), keep=(0, 1, 3), depth=None) for _ in range(2))
+    next(first)
+    assert next(second).stage.startswith("Waiting")
+    made = result_of(first)
+    assert result_of(second)[0] == made[0] and [place.name for place in starts.iterdir()] == [made[0].fingerprint]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -42,7 +43,7 @@ from .walk import KEPT, MEMORY
 
 log = logging.getLogger(__name__)
 
-VERSION = 5                 # raise it when the same request would give other weights
+VERSION = 6                 # raise it when the same request would give other weights
 NOTE = "start.json"
 HELD_OUT = 8                # states for the report, which take no part in any choice
 LEAST_STATES, MOST_STATES, DEPTH_STATES = 8, 64, 16
@@ -121,6 +122,28 @@ def create_student(teacher: Teacher, prompts: PromptBank | None, shape: tuple[in
     fingerprint = start_fingerprint(teacher, request, probing)
     if (found := _read(folder / fingerprint)) is not None:
         return found
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))       # beside: in the folder there is nothing but starts
+    yield from _taken(lock)
+    try:
+        return _read(folder / fingerprint) or (yield from _make(teacher, prompts, shape, request, measures, fingerprint, seed=seed, cfg=cfg, folder=folder))
+    finally:
+        lock.release()
+
+
+def _taken(lock: FileLock) -> Generator[Progress, None, None]:
+    """Waits for whoever makes a start in this folder now: it may be the same one."""
+    while True:
+        try:
+            lock.acquire(timeout=1)
+            return
+        except Timeout:
+            yield Progress(stage="Waiting for another start to be made", done=0, total=1)
+
+
+def _make(teacher: Teacher, prompts: PromptBank | None, shape: tuple[int, int, int, int], request: Request, measures: bool, fingerprint: str, *,
+          seed: int, cfg: float, folder: Path) -> Generator[Progress, None, Built]:
+    """Chooses, refits, measures and writes."""
     probe = None
     if measures:
         probe = yield from make_probe(teacher, prompts, shape, seed=seed, count=_states(teacher.config, request, shape) + HELD_OUT, cfg=cfg)

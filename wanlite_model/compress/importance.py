@@ -57,7 +57,8 @@ def make_probe(teacher: Teacher, prompts: PromptBank, shape: tuple[int, int, int
     rollouts = list(range(math.ceil(count / (each + renoised))))
     together = max(1, TOKENS_AT_ONCE // (2 * tokens(shape)))
     sigmas = flow.schedule(ROLLOUT_STEPS, teacher.shift)
-    order = torch.randperm(len(prompts), generator=_generator(seed, -1)).tolist()
+    held = prompts.held_out             # what a student is measured on takes no part in making it
+    order = [i for i in torch.randperm(len(prompts), generator=_generator(seed, -1)).tolist() if i not in held]
     states: list[Probe] = []
     for first in range(0, len(rollouts), together):
         group = rollouts[first:first + together]

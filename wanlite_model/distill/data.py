@@ -25,7 +25,7 @@ from ..errors import WanLiteError
 from ..files import replace_file
 from ..prompts import PromptBank
 from ..teacher import Cond, Teacher, guided_pair
-from .job import HOLDOUT_PROMPTS, MIN_UNITS, DistillJob
+from .job import MIN_UNITS, DistillJob
 
 VERSION = 3
 STORED = torch.float16          # rounding 2**-11 of a latent: far below what a student gets wrong
@@ -106,22 +106,19 @@ def _digest(tensor: Tensor) -> str:
 def plan_units(job: DistillJob, prompts: PromptBank, latents: Tensor | None, most: int | None = None) -> list[Unit]:
     """The units of a job, in order: every prompt once, then those that are trained on again, with other noises.
 
-    `most` limits them to what a time budget allows (two at least).
+    The first of them are the same however many there are: of four, one is held out, until all are that are to be. `most` limits them to
+    what a time budget allows (two at least).
     """
     items = len(prompts) if latents is None else len(latents)
     count = _wanted(job, items)
     count = count if most is None else max(2, min(count, most))
-    apart = len({prompts.context_key(i) for i in range(len(prompts))}) == len(prompts)      # two that read alike would not be held out
-    by_prompt = apart and len(prompts) >= HOLDOUT_PROMPTS and count >= HOLDOUT_PROMPTS
-    held_count = max(2, min(16, min(items, count) // 8)) if by_prompt else max(1, count // 8)
-    shared = min(items, count)
-    held = ({round((i + 0.5) * shared / held_count) % shared for i in range(held_count)} if by_prompt
-            else set(range(count - held_count, count)))
-    again = [item for item in range(items) if not (by_prompt and item in held)]
-    chosen = islice(chain(range(items), cycle(again)), count)
+    held = prompts.held_out
+    again = [item for item in range(items) if item not in held]
+    once = [*chain.from_iterable((item, *again[3 * k:3 * k + 3]) for k, item in enumerate(held)), *again[3 * len(held):]]
+    noises = range(count - max(1, count // 8), count)           # held out where no prompt is
     key_of = _keys(job, prompts, latents)
-    return [Unit(index=index, prompt=_prompt_of(item, prompts), item=item, held=(item if by_prompt else index) in held, key=key_of(index, item))
-            for index, item in enumerate(chosen)]
+    return [Unit(index=index, prompt=_prompt_of(item, prompts), item=item, held=item in held if held else index in noises, key=key_of(index, item))
+            for index, item in enumerate(islice(chain(once, cycle(again)), count))]
 
 
 def _wanted(job: DistillJob, items: int) -> int:

@@ -12,13 +12,13 @@ from ..compress.handle import StudentHandle
 from ..formats.card import StudentCard
 from ..formats.lora import Lora, write_lora
 from ..formats.write import write_student
-from ..prompts import PromptBank
+from ..prompts import HOLDOUT_PROMPTS, PromptBank
 from ..teacher import Teacher, fingerprint_tensors
 from .checkpoint import RunFolder, TrainState
 from .data import TeacherCache, state_counts
 from .evaluate import Held
 from .events import Finished
-from .job import HOLDOUT_PROMPTS, DistillJob
+from .job import DistillJob
 
 
 PLAIN_CUT = "plain cut of the same size"
@@ -97,7 +97,7 @@ def _report(job: DistillJob, measured: Measured, state: TrainState, planned: int
     held, plain, started = measured.best, measured.plain, measured.start
     held_prompts = {unit.prompt for unit in cache.held}
     apart = not held_prompts & {unit.prompt for unit in cache.train}
-    on_what = (f"Measured on {held.states} states of {len(held_prompts)} prompts that were never trained on." if apart else
+    on_what = (f"Measured on {held.states} states of {len(held_prompts)} prompts that no job on these prompts trains on." if apart else
                 f"Measured on {held.states} states from other noise of the same prompts, since {HOLDOUT_PROMPTS} different prompts are needed "
                 "to hold whole ones out: on new prompts the error may be larger.")
     what = ("clips' brightness, contrast, sharpness and motion against those of" if job.matching else

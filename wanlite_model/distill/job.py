@@ -12,7 +12,6 @@ OBJECTIVES: tuple[Objective, ...] = ("velocity", "velocity + features", "traject
 OPTIMIZERS = ("AdamW", "Muon")
 MIN_UNITS = 16                  # rollouts a job caches at least, however few prompts there are and however few steps
 FEW_STEPS = 8                   # a teacher without cfg that takes no more is a few-step model
-HOLDOUT_PROMPTS = 8             # from this many prompts on, whole prompts are held out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
