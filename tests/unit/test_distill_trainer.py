@@ -315,7 +315,7 @@ def test_user_latents_are_what_is_trained_on(setting):
 
 def test_with_eight_prompts_the_report_says_that_new_prompts_were_measured(tmp_path):
     end = list(Setting(tmp_path, prompts=8).events())[-1]
-    assert "of 2 prompts that were never trained on" in end.report
+    assert "of 2 prompts that are kept out of training" in end.report
 
 
 def test_a_job_that_is_too_short_for_its_prompts_says_so(tmp_path, caplog):

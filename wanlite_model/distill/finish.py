@@ -97,7 +97,7 @@ def _report(job: DistillJob, measured: Measured, state: TrainState, planned: int
     held, plain, started = measured.best, measured.plain, measured.start
     held_prompts = {unit.prompt for unit in cache.held}
     apart = not held_prompts & {unit.prompt for unit in cache.train}
-    on_what = (f"Measured on {held.states} states of {len(held_prompts)} prompts that no job on these prompts trains on." if apart else
+    on_what = (f"Measured on {held.states} states of {len(held_prompts)} prompts that are kept out of training, here and in every other job on these prompts." if apart else
                 f"Measured on {held.states} states from other noise of the same prompts, since {HOLDOUT_PROMPTS} different prompts are needed "
                 "to hold whole ones out: on new prompts the error may be larger.")
     what = ("clips' brightness, contrast, sharpness and motion against those of" if job.matching else
