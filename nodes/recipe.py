@@ -58,7 +58,7 @@ class WanLiteRecipe(io.ComfyNode):
                 io.Float.Input("renoised", default=-1.0, min=-1.0, max=1.0, step=0.05,
                                tooltip="Share of the training states that are finished clips with fresh noise; the others are on the teacher's "
                                        "path. Each recorded run is noised again as often as this share asks for: 0.7 is 2.3 times for a step. -1: the "
-                                       "preset's. Not used with 'trajectory' and 'distribution'."),
+                                       "preset's. Not used with 'trajectory' and 'distribution', nor with a teacher of 8 steps or fewer at cfg 1."),
                 io.Float.Input("full_range", default=-1.0, min=-1.0, max=1.0, step=0.05,
                                tooltip="Share of the training states whose noise level is drawn evenly instead of by the shift, so that denoise below 1 works (they "
                                        "are re-noised ones: no more than 'renoised'); with 'trajectory', of states between the student's own steps. -1: the preset's."),

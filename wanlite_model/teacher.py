@@ -28,7 +28,9 @@ class Cond:
 
 
 class Teacher(Protocol):
-    """Any WAN that can answer. `notes`: sentences on what of the user's model was left out; `name`: its file name, for private folders."""
+    """Any WAN that can answer. `fingerprint`: of its weights alone, whatever its shift. `notes`: sentences on what of the user's model was left
+    out; `name`: its file name, for private folders.
+    """
     config: WanConfig
     shift: float
     fingerprint: str
@@ -102,7 +104,7 @@ class ModuleTeacher:
         self.module = module.eval()
         self.config, self.shift, self.name, self.notes = module.wan, shift, name, ()
         self.device = next(module.parameters()).device
-        self.fingerprint = fingerprint_tensors(module.state_dict().items(), shift)
+        self.fingerprint = fingerprint_tensors(module.state_dict().items())
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, *, skip: Collection[int] = (), taps: Mapping[str, Tap] = {}) -> Tensor:
         with torch.no_grad(), tapped(self.module, taps):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from demo import timing
-from demo.world import BALLS, World
+from demo.world import World
 from wanlite_model.config import WanConfig
 from wanlite_model.compress.apply import plain_cut
 from wanlite_model.compress.build import create_student
@@ -38,7 +38,7 @@ from .task import Task
 
 def prepare(tasks: Sequence[Task], device: str, pool: Executor) -> None:
     """Sees to it that each world's teacher is there, and what the rows are compared with."""
-    for world in {task.world for task in tasks} - {BALLS.name}:
+    for world in {task.world for task in tasks}:
         train_teacher(WORLDS[world])
     missing = [pool.submit(refer, task, part, device) for task in {(task.world, task.row.frames): task for task in sorted(tasks, key=lambda task: task.videos)}.values()
                for part in parts(world_of(task), task.videos) if not (reference_folder(task) / part).exists()]
@@ -162,9 +162,10 @@ def created(task: Task, world: World, teacher: ModuleTeacher, cfg: float) -> tup
 def fresh(task: Task, world: World) -> StudentHandle:
     """Random weights of the row's size."""
     torch.manual_seed(task.seed)
-    place = task.folder / "scratch"
+    config = resized(world.config, task.row)
+    place = task.folder / f"scratch-{config.num_layers}-{config.ffn_dim}"
     if not place.exists():
-        WanLiteStudent.from_wan(resized(world.config, task.row)).save_pretrained(place)
+        WanLiteStudent.from_wan(config).save_pretrained(place)
     return StudentHandle.of(place)
 
 

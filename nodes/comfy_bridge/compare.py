@@ -117,7 +117,7 @@ class Shelf:
             teacher = ComfyTeacher(model)
         except WanLiteError:
             return None
-        return None if teacher.left_out else cls(key=f"{teacher.fingerprint} {how}")
+        return None if teacher.left_out else cls(key=f"{teacher.fingerprint} {teacher.shift} {how}")
 
     def place(self, context: Tensor, negative: Tensor, number: int) -> Path:
         told = hashlib.sha256(f"{self.key} {number} {tuple(context.shape)} {tuple(negative.shape)}".encode())

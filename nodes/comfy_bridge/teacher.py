@@ -51,10 +51,11 @@ class ComfyTeacher:
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same weights, patches and shift in every session; another when a LoRA's strength changes."""
+        """The same for the same weights and patches in every session; another when a LoRA's strength changes."""
         if not self._fingerprint:
             with self._mode():
-                self._fingerprint = fingerprint_tensors(*_identity(self._stored()), self.shift)
+                tensors, numbers = _identity(self._stored())
+                self._fingerprint = fingerprint_tensors(tensors, *numbers)
         return self._fingerprint
 
     @property

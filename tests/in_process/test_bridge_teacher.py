@@ -180,7 +180,7 @@ def assert_baked_weights_answer_like(teacher, x, sigma, cond, tolerance=1e-5):
         assert relative(baked(x, 1000 * sigma, cond.context), velocity) < tolerance
 
 
-def test_the_fingerprint_follows_weights_lora_and_shift_and_nothing_else(model, comfyui, student, comfy_teacher):
+def test_the_fingerprint_follows_weights_and_lora_and_nothing_else(model, comfyui, student, comfy_teacher):
     import comfy.sd
     from comfy_extras.nodes_model_advanced import ModelSamplingSD3
     plain = comfy_teacher(model)
@@ -191,9 +191,10 @@ def test_the_fingerprint_follows_weights_lora_and_shift_and_nothing_else(model, 
     loaded.velocity(*state())
     assert comfy_teacher(again).fingerprint == plain.fingerprint
     assert loaded.fingerprint == before                     # a LoRA loaded into the model, or not yet
-    others = [lora(model, 0.6), lora(model, 0.5, seed=2), ModelSamplingSD3().patch(model, 5.0)[0]]
+    assert comfy_teacher(ModelSamplingSD3().patch(model, 5.0)[0]).fingerprint == plain.fingerprint      # how it is sampled is not what it is
+    others = [lora(model, 0.6), lora(model, 0.5, seed=2)]
     fingerprints = {plain.fingerprint, before, *(comfy_teacher(other).fingerprint for other in others)}
-    assert len(fingerprints) == 5
+    assert len(fingerprints) == 4
 
 
 def test_the_fingerprint_is_the_same_in_another_process(model, comfy_teacher, comfyui_folder, tmp_path, student):

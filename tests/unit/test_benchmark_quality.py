@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from benchmarks import teachers
 from benchmarks.bars import BARS, adherence, read
 from benchmarks.quality import score, work
 from benchmarks.quality.__main__ import FULL_SIZE, QUICK_SIZE, unsettled
@@ -150,3 +152,25 @@ def test_a_world_starts_where_a_stock_sampler_with_that_seed_starts():
     (prompt, noise), = BALLS.pairs(1, first=7)
     assert prompt in BALLS.prompts and torch.equal(noise, torch.randn(BALLS.latents, generator=torch.Generator().manual_seed(7)))
     assert BALLS.bank().prompts == BALLS.training and not set(BALLS.training) & set(BALLS.held_out)
+
+
+def test_a_teacher_that_another_recipe_trained_is_trained_anew(tmp_path, monkeypatch):
+    world, begun = dataclasses.replace(SWAPPED, teacher=tmp_path / "teacher.safetensors"), []
+
+    class Begun(Exception):
+        pass
+
+    def begin(*given):
+        begun.append(given)
+        raise Begun
+    monkeypatch.setattr(teachers, "WORK", tmp_path)
+    monkeypatch.setattr(teachers, "Vae", lambda file: SimpleNamespace(encode=None))
+    monkeypatch.setattr(teachers.train_teacher, "encode_clips", begin)
+    with pytest.raises(Begun):
+        teachers.train(world)
+    key = begun[0][3].parent.name.removeprefix("swapped-")
+    save_file({"x": torch.zeros(1)}, world.teacher, metadata={teachers.RECIPE_KEY: key})
+    teachers.train(world)
+    monkeypatch.setitem(teachers.RECIPES, "swapped", dataclasses.replace(teachers.RECIPES["swapped"], steps=7))
+    with pytest.raises(Begun):
+        teachers.train(world)

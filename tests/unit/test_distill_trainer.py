@@ -21,7 +21,7 @@ from wanlite_model.distill.trainer import TIMED_STEPS, Run, lora_fingerprint, ru
 from wanlite_model.errors import WanLiteError
 from wanlite_model.formats.lora import Factors, Lora
 from wanlite_model.prompts import PromptBank
-from wanlite_model.teacher import guided_velocity
+from wanlite_model.teacher import ModuleTeacher, guided_velocity
 from wanlite_model.transformer import WanLiteStudent
 
 SHAPE = (16, 2, 4, 4)
@@ -557,7 +557,17 @@ def test_training_begins_with_the_lora_that_was_given(tmp_path, rank, learning_r
         healed = dict(opened.tensors())
     if rank:
         assert torch.equal(opened.loras[0].diffs["blocks.1.norm3.bias"].float(), torch.full((128,), 0.2).bfloat16().float())
+        assert {len(found.down) for found in opened.loras[0].factors.values()} == {rank}        # that of the given one was less
+    assert end.handle.card.recipe["rank"] == rank
     assert not torch.equal(healed["blocks.1.norm3.bias"].float(), setting.teacher.module.blocks[1].norm3.bias)
+
+
+def test_a_teacher_at_another_shift_is_the_same_teacher(tmp_path):
+    setting = Setting(tmp_path, depth=6)
+    setting.student, _ = result_of(create_student(setting.teacher, None, SHAPE, folder=tmp_path / "starts"))
+    setting.teacher = ModuleTeacher(setting.teacher.module, shift=setting.teacher.shift + 2)
+    with pytest.raises(WanLiteError, match="asked for what that does already"):
+        list(setting.events(setting.job(cfg=1.0)))
 
 
 def test_after_a_lora_the_next_run_is_still_compared_with_the_unguided_teacher(tmp_path):

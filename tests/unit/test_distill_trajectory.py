@@ -107,6 +107,15 @@ def test_every_preset_asks_a_few_step_teacher_for_its_own_steps_and_no_more(tmp_
 
 def test_what_cannot_be_is_refused_in_words():
     teacher, bank = random_teacher(depth=1), random_bank(3)
+    for its, ours, fits in ((6, 4, False), (8, 5, False), (6, 3, True), (8, 4, True), (4, 8, True)):
+        def stepped(cfg):
+            return make_job(teacher, bank, {"teacher_steps": its, "student_steps": ours}, cfg=cfg)
+        assert stepped(3.0).path_steps                  # one with guidance can be asked anywhere
+        if fits:
+            assert stepped(1.0).path_steps == its
+        else:
+            with pytest.raises(WanLiteError, match=f"{its} steps without cfg.* {ours}"):
+                stepped(1.0)
     with pytest.raises(WanLiteError, match="holds clips"):
         make_job(teacher, bank, latents="abc")
     with pytest.raises(WanLiteError, match="guidance is to be kept"):

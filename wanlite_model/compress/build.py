@@ -118,7 +118,7 @@ def create_student(teacher: Teacher, prompts: PromptBank | None, shape: tuple[in
     _check_prompts(request, teacher.config, prompts)
     if measures:
         check_shape(teacher, shape)
-    probing = {"prompts": prompts.fingerprint, "shape": list(shape), "seed": seed, "cfg": cfg, "shift": teacher.shift} if measures else None
+    probing = {"prompts": prompts.fingerprint, "shape": list(shape), "seed": seed, "cfg": cfg} if measures else None
     fingerprint = start_fingerprint(teacher, request, probing)
     if (found := _read(folder / fingerprint)) is not None:
         return found
@@ -164,7 +164,7 @@ def _make(teacher: Teacher, prompts: PromptBank | None, shape: tuple[int, int, i
 
 def start_fingerprint(teacher: Teacher, request: Request, probing: Mapping[str, Any] | None) -> str:
     """A hash of everything that decides the start and its report."""
-    told = {"version": VERSION, "teacher": teacher.fingerprint, "request": asdict(request), "probe": probing}
+    told = {"version": VERSION, "teacher": teacher.fingerprint, "shift": teacher.shift, "request": asdict(request), "probe": probing}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -62,6 +62,11 @@ class Adapters:
         finally:
             self.enabled = before
 
+    @property
+    def rank(self) -> int:
+        """The largest of them."""
+        return max(len(value) for name, value in self.parameters.items() if name.endswith(".lora_A.weight"))
+
     def factors(self, parameters: Mapping[str, Tensor]) -> dict[str, Factors]:
         """The factors by layer, from tensors under the names of `parameters`."""
         return {path: Factors(down=parameters[f"{path}.lora_A.weight"], up=parameters[f"{path}.lora_B.weight"], scale=scale)

@@ -1,6 +1,7 @@
 """What a training begins with: the student in memory, what of it moves, and who is asked while it does."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from ..compress.handle import StudentHandle
 from ..compress.importance import tokens
 from ..errors import WanLiteError
-from ..formats.lora import Lora, read_lora
+from ..formats.lora import Factors, Lora, read_lora, side_by_side
 from ..teacher import Teacher
 from ..transformer import WanLiteStudent
 from .adapters import Adapters, BaseTeacher, fresh_factors
@@ -54,8 +55,17 @@ def _adapters(job: DistillJob, module: WanLiteStudent, begin: Lora) -> tuple[Ada
     def fresh(name: str) -> dict:
         return fresh_factors(module, job.recipe.rank, seeded(job.train_seed, name))
 
-    adapters = Adapters(module, {**fresh("adapters"), **begin.factors}, begin.diffs)
+    adapters = Adapters(module, _widened(begin.factors, fresh("adapters")), begin.diffs)
     return adapters, Adapters(module, fresh("critic"), enabled=False) if job.matching else None
+
+
+def _widened(factors: Mapping[str, Factors], fresh: Mapping[str, Factors]) -> dict[str, Factors]:
+    """The factors, with as many fresh ones beside them as they lack in rank; none is taken away."""
+    wide = dict(fresh)
+    for path, found in factors.items():
+        more = len(fresh[path].down) - len(found.down) if path in fresh else 0
+        wide[path] = found if more <= 0 else side_by_side((found, Factors(down=fresh[path].down[:more], up=fresh[path].up[:, :more], scale=1.0)))
+    return wide
 
 
 def few_step_lora(job: DistillJob, handle: StudentHandle, teacher: Teacher, start_from: Lora | None) -> Lora:

@@ -68,7 +68,7 @@ def finished_from_disk(files: RunFolder) -> Finished | None:
 def _card(job: DistillJob, start: StudentHandle, teacher: Teacher, measured: Measured, state: TrainState) -> StudentCard:
     recipe = {name: value for name, value in asdict(job.recipe).items() if not isinstance(value, str)}
     recipe |= {"cfg": job.cfg, "fold_guidance": int(job.fold_guidance), "train_steps": state.step, "train_seed": job.train_seed,
-               "feature_kd": int(job.recipe.objective == "velocity + features"), "user_latents": int(bool(job.latents))}
+               "rank": state.adapters.rank if state.adapters else 0, "feature_kd": int(job.recipe.objective == "velocity + features"), "user_latents": int(bool(job.latents))}
     return card_for(teacher, start.plan, job.shape, steps=job.student_steps, cfg=job.student_cfg, recipe=recipe,
                     measured={"held_out_drift" if job.matching else "held_out_error": measured.best.error,
                               **({} if job.matching else {"plain_cut_error": measured.plain.error}), "best_step": state.best_step})
@@ -125,6 +125,8 @@ def _report(job: DistillJob, measured: Measured, state: TrainState, planned: int
     if not job.guided and not job.grid_only:
         lines.append(f"The teacher was asked without guidance, along {job.path_steps} steps. One that was made for few steps has to be asked along its own: "
                      "set teacher_steps in WanLite Recipe.")
+    if job.trajectory and job.path_steps != job.recipe.teacher_steps:
+        lines.append(f"The teacher's path was followed in {job.path_steps} steps instead of {job.recipe.teacher_steps}: {job.substeps} to each of the student's.")
     if state.best_step == 0:
         lines.append("No evaluation was better than the start: train longer, or lower the learning rate.")
     return "\n".join(lines)

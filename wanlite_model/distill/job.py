@@ -106,6 +106,11 @@ class DistillJob:
             if len(path) < 2 or path[-1] != 0 or not 0.999 < path[0] <= 1 or not all(a > b for a, b in zip(path, path[1:])):
                 raise WanLiteError(f"The sigmas run from {path[0] if path else 'nowhere'} to {path[-1] if path else 'nowhere'}.",
                                    "They must fall from 1, pure noise, to 0.", "Use BasicScheduler with denoise 1, or leave the input open.")
+        asked = self.recipe.teacher_steps
+        if self.trajectory and not self.guided and asked <= FEW_STEPS and asked % self.student_steps:
+            raise WanLiteError(f"The teacher runs in {asked} steps without cfg, and the student is to have {self.student_steps}.",
+                               "Such a teacher answers at its own noise levels alone, so each of the student's steps is one of its own or several whole ones.",
+                               "Set student_steps in WanLite Recipe to " + " or ".join(str(n) for n in range(1, asked + 1) if asked % n == 0) + ".")
 
     @property
     def guided(self) -> bool:
