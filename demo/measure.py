@@ -25,7 +25,7 @@ TEACHER, VAE = BALLS.teacher, WEIGHTS / "wan_tiny_vae.safetensors"
 PAIRS = 128
 
 
-def wilson(right: int, count: int) -> tuple[float, float]:
+def wilson(right: float, count: float) -> tuple[float, float]:
     """The 95% interval of a share (Wilson 1927)."""
     z, share = 1.96, right / count
     centre, spread = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))

@@ -22,13 +22,15 @@ COLUMNS = {
 
 
 def table(results: Sequence[tuple[Row, Scores]]) -> str:
-    """Adherence with its 95% interval over all videos of all seeds; every other cell is a mean over seeds."""
+    """Every cell is a mean over seeds. Adherence has the 95% interval of one seed's videos: all seeds draw the same prompts from the same noise,
+    so more of them are no more videos.
+    """
     grouped: dict[str, list[Scores]] = {}
     for row, scores in results:
         grouped.setdefault(row.name, []).append(scores)
     lines = ["| row | adherence [95%] | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]
     for name, found in grouped.items():
-        right, videos = sum(s["right"] for s in found), sum(s["videos"] for s in found)
+        right, videos = fmean(s["right"] for s in found), fmean(s["videos"] for s in found)
         low, high = wilson(right, videos)
         lines.append(f"| {name} | {right / videos:.3f} [{low:.3f}, {high:.3f}] | " + " | ".join(cell(head, found) for head in COLUMNS) + " |")
     return "\n".join(lines)
