@@ -30,6 +30,7 @@ from .job import MIN_UNITS, DistillJob
 VERSION = 3
 STORED = torch.float16          # rounding 2**-11 of a latent: far below what a student gets wrong
 REUSE = 2                       # times a state is trained on: more teaches it by heart, fewer asks the teacher too much
+HELD_STATES = 96                # that the best weights are chosen by: half as many chose worse ones, by chance
 STATES_OF_PROMPT = 256          # at most: they take disk as well as time
 MOST_RENOISED = 0.75            # share up to which a unit holds more re-noised states for it; each takes a forward
 
@@ -256,7 +257,7 @@ class TeacherCache:
         return {"x": noise if rolled else x, "sigma": here, "v_pos": (goal - x) / (following - here), "goal": goal, "following": following,
                 "rolled": torch.tensor([rolled])}
 
-    def held_out(self, most: int = 48) -> Batch:
+    def held_out(self, most: int = HELD_STATES) -> Batch:
         """Held-out states, evenly spread over sigma: on the teacher's path and re-noised; for trajectory KD the student's points on it."""
         if self.job.trajectory:
             rows = [(unit, turn * self.job.substeps) for turn in range(self.job.student_steps) for unit in self.held]
