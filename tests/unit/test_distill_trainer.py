@@ -318,6 +318,13 @@ def test_with_eight_prompts_the_report_says_that_new_prompts_were_measured(tmp_p
     assert "of 2 prompts that are kept out of training" in end.report
 
 
+def test_the_report_says_how_many_steps_the_teachers_path_really_had(setting):
+    for teacher_steps, real in ((5, 4), (4, 4)):
+        recipe = {"objective": "trajectory", "student_steps": 2, "teacher_steps": teacher_steps}
+        *_, end = setting.events(setting.job(steps=2, recipe=recipe), f"path-{teacher_steps}")
+        assert ("followed in 4 steps instead of 5: 2 to each" in end.report) == (real != teacher_steps)
+
+
 def test_a_job_that_is_too_short_for_its_prompts_says_so(tmp_path, caplog):
     setting = Setting(tmp_path, prompts=24)
     told = "Only {} of the 24 prompts are used: "
