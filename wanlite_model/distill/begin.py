@@ -10,7 +10,7 @@ import torch
 from ..compress.handle import StudentHandle
 from ..compress.importance import tokens
 from ..errors import WanLiteError
-from ..formats.lora import Factors, Lora, read_lora, side_by_side
+from ..formats.lora import Factors, Lora, read_lora, stacked
 from ..teacher import Teacher
 from ..transformer import WanLiteStudent
 from .adapters import Adapters, BaseTeacher, fresh_factors
@@ -55,17 +55,16 @@ def _adapters(job: DistillJob, module: WanLiteStudent, begin: Lora) -> tuple[Ada
     def fresh(name: str) -> dict:
         return fresh_factors(module, job.recipe.rank, seeded(job.train_seed, name))
 
-    adapters = Adapters(module, _widened(begin.factors, fresh("adapters")), begin.diffs)
+    adapters = Adapters(module, _widened(begin, fresh("adapters")), begin.diffs)
     return adapters, Adapters(module, fresh("critic"), enabled=False) if job.matching else None
 
 
-def _widened(factors: Mapping[str, Factors], fresh: Mapping[str, Factors]) -> dict[str, Factors]:
-    """The factors, with as many fresh ones beside them as they lack in rank; none is taken away."""
-    wide = dict(fresh)
-    for path, found in factors.items():
-        more = len(fresh[path].down) - len(found.down) if path in fresh else 0
-        wide[path] = found if more <= 0 else side_by_side((found, Factors(down=fresh[path].down[:more], up=fresh[path].up[:, :more], scale=1.0)))
-    return wide
+def _widened(begin: Lora, fresh: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Its factors, with as many fresh ones beside them as they lack in rank; none is taken away."""
+    rank_of = {path: len(found.down) for path, found in begin.factors.items()}
+    lacking = {path: len(found.down) - rank_of.get(path, 0) for path, found in fresh.items()}
+    beside = {path: replace(found, down=found.down[:lacking[path]], up=found.up[:, :lacking[path]]) for path, found in fresh.items() if lacking[path] > 0}
+    return dict(stacked((begin, Lora(factors=beside))).factors)
 
 
 def few_step_lora(job: DistillJob, handle: StudentHandle, teacher: Teacher, start_from: Lora | None) -> Lora:

@@ -70,17 +70,13 @@ class Lora:
                 yield name, changed
 
 
-def side_by_side(parts: Sequence[Factors]) -> Factors:
-    """Factors of one layer that add what all of these add."""
-    return Factors(down=torch.cat([part.down.float() for part in parts]), up=torch.cat([part.scale * part.up.float() for part in parts], dim=1), scale=1.0)
-
-
 def stacked(loras: Sequence[Lora]) -> Lora:
     """One LoRA that adds what all of these add: their ranks side by side."""
     factors: dict[str, Factors] = {}
     for layer in dict.fromkeys(layer for lora in loras for layer in lora.factors):
         parts = [lora.factors[layer] for lora in loras if layer in lora.factors]
-        factors[layer] = parts[0] if len(parts) == 1 else side_by_side(parts)
+        factors[layer] = parts[0] if len(parts) == 1 else Factors(
+            down=torch.cat([part.down.float() for part in parts]), up=torch.cat([part.scale * part.up.float() for part in parts], dim=1), scale=1.0)
     diffs: dict[str, Tensor] = {}
     for lora in loras:
         for name, diff in lora.diffs.items():
