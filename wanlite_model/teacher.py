@@ -5,13 +5,16 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from . import flow
 from .config import WanConfig
+from .errors import WanLiteError
+from .formats.read import open_wan
 from .transformer import WanLiteStudent
 
 Tap = Callable[[Tensor, Tensor], None]      # (what a module was given, what it answered)
@@ -46,6 +49,9 @@ class Teacher(Protocol):
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Bare WAN names and tensors on the CPU, one at a time: dequantised, LoRA patches baked in."""
+
+    def release(self) -> None:
+        """Frees what it holds on the device until it is asked again."""
 
 
 def guided_pair(teacher: Teacher, x: Tensor, sigma: Tensor, positive: Cond, negative: Cond | None) -> tuple[Tensor, Tensor | None]:
@@ -115,3 +121,52 @@ class ModuleTeacher:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.module.state_dict().items():
             yield name, tensor.detach().cpu()
+
+    def release(self) -> None:
+        """Nothing: whoever made the module holds it."""
+
+
+class FileTeacher:
+    """A WAN file or folder as the teacher. Its module is in memory while it is asked, and only then. Raises WanLiteError when it is not a whole WAN."""
+
+    def __init__(self, path: Path, *, shift: float, device: torch.device, name: str = "") -> None:
+        with open_wan(path) as source:
+            self.config, self.fingerprint = source.config, fingerprint_tensors(source.tensors())
+        self.path, self.shift, self.device, self.name, self.notes = path, shift, device, name or path.name, ()
+        self._opened: ModuleTeacher | None = None
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, *, skip: Collection[int] = (), taps: Mapping[str, Tap] = {}) -> Tensor:
+        if self._opened is None:
+            dtype = torch.float32 if self.device.type == "cpu" else None
+            module = WanLiteStudent.from_pretrained(self.path, torch_dtype=dtype, device=self.device).requires_grad_(False)
+            self._opened = ModuleTeacher(module, shift=self.shift)
+        return self._opened.velocity(x, sigma, cond, skip=skip, taps=taps)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        with open_wan(self.path) as source:
+            yield from source.tensors()
+
+    def release(self) -> None:
+        self._opened = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class AbsentTeacher:
+    """Stands for a teacher all of whose answers that are needed are on disk."""
+
+    def __init__(self, config: WanConfig, *, shift: float, fingerprint: str, name: str, device: torch.device) -> None:
+        self.config, self.shift, self.fingerprint, self.name, self.device, self.notes = config, shift, fingerprint, name, device, ()
+
+    def velocity(self, *_: Any, **__: Any) -> Tensor:
+        raise self._needed()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        raise self._needed()
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+    def _needed(self) -> WanLiteError:
+        return WanLiteError(f"The teacher ({self.name}) is not there, and not all that this run asks it is in the cache.", "",
+                            "Name its file with --teacher, or queue the run's graph with minutes 0: that puts the teacher into the run's folder.")

@@ -6,13 +6,15 @@ F = 1 or T (timesteps given a sample, or a frame). The architecture is Wan-Video
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from .config import CLIP_DIM, EPS, FLF_TOKENS, FREQ_DIM, HEAD_DIM, PATCH, TEXT_DIM, TEXT_LEN, WanConfig
@@ -64,7 +66,7 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        x = x.to(self.q.weight.dtype)                                                # [B, N, D]
+        x = x.to(computed_in(self.q))                                                # [B, N, D]
         q, k = rotate(heads(self.norm_q(self.q(x))), rope), rotate(heads(self.norm_k(self.k(x))), rope)
         return self.o(attend(q, k, heads(self.v(x))))
 
@@ -78,7 +80,7 @@ class CrossAttention(SelfAttention):
             self.k_img, self.v_img, self.norm_k_img = nn.Linear(dim, dim), nn.Linear(dim, dim), RMSNorm(dim)
 
     def forward(self, x: Tensor, text: Tensor, padding: Tensor | None, image: Tensor | None) -> Tensor:
-        x = x.to(self.q.weight.dtype)                                                # [B, N, D]
+        x = x.to(computed_in(self.q))                                                # [B, N, D]
         q = heads(self.norm_q(self.q(x)))
         out = attend(q, heads(self.norm_k(self.k(text))), heads(self.v(text)), padding)
         if image is not None:
@@ -102,7 +104,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = per_token(self.modulation.float() + e, x.shape[1]).unbind(2)
         x = x + gate1 * self.self_attn(self.norm1(x) * (1 + scale1) + shift1, rope)
         x = x + self.cross_attn(self.norm3(x), text, padding, image)
-        hidden = (self.norm2(x) * (1 + scale2) + shift2).to(self.ffn[0].weight.dtype)
+        hidden = (self.norm2(x) * (1 + scale2) + shift2).to(computed_in(self.ffn[0]))
         return x + gate2 * self.ffn(hidden)
 
 
@@ -148,6 +150,7 @@ class WanLiteStudent(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
     card: StudentCard | None = None         # of the file it was read from; saved with it again
+    checkpoint_device: torch.device | None = None       # where checkpointed blocks' inputs lie until backward; None: where they are computed
 
     @accepts_legacy
     @register_to_config
@@ -178,6 +181,16 @@ class WanLiteStudent(ModelMixin, ConfigMixin):
         with torch.device(device or "cpu"):
             return cls(**config.to_wanlite())
 
+    @classmethod
+    def filled(cls, config: WanConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: torch.device | str) -> WanLiteStudent:
+        """A student with these weights, each copied into its place: adopted as they come, what is freed between them would stay in the heap."""
+        student = cls.from_wan(config, device="meta")
+        state = {name: torch.empty_like(place, dtype=dtype, device=device) for name, place in student.state_dict().items()}
+        for name, tensor in tensors:
+            state[name].copy_(tensor)
+        student.load_state_dict(state, assign=True)
+        return student.eval()
+
     def forward(self, latents: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None = None,
                 return_features: bool | Collection[int] = False, skip_blocks: Collection[int] = ()
                 ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
@@ -194,12 +207,12 @@ class WanLiteStudent(ModelMixin, ConfigMixin):
         text, padding = self._text(context)
         image = self.img_emb(clip_fea) if clip_fea is not None else None
         wanted = range(len(self.blocks)) if return_features is True else return_features or ()
+        shared = {"e": e6, "rope": rope, "text": text, "padding": padding, "image": image}
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         features = {}
         for i, block in enumerate(self.blocks):
             if i not in skip_blocks:
-                arguments = (x, e6, rope, text, padding, image)
-                recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-                x = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
+                x = self._checkpointed(block, x, **shared) if recompute else block(x, **shared)
             if i in wanted:
                 features[i] = x
         velocity = unpatchify(self.head(x, e), grid, self.wan.out_dim)
@@ -233,12 +246,10 @@ class WanLiteStudent(ModelMixin, ConfigMixin):
         """
         from .formats.read import open_wan
         with open_wan(Path(path)) as source:
-            student = cls.from_wan(source.config, device="meta")
-            state = {name: tensor.to(device=device, dtype=torch_dtype or source.dtype) for name, tensor in source.tensors()}
+            student = cls.filled(source.config, source.tensors(), torch_dtype or source.dtype, device)
         student.legacy, student.card = source.provenance.get("legacy", {}), source.card
         student.register_to_config(image_size=source.provenance.get("image_size"))
-        student.load_state_dict(state, assign=True)
-        return student.eval()
+        return student
 
     def _check(self, latents: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None) -> None:
         shape = tuple(latents.shape)
@@ -253,6 +264,11 @@ class WanLiteStudent(ModelMixin, ConfigMixin):
         if (clip_fea is None) == self.wan.img_emb:
             told = "needs clip_fea [B, 257, 1280]" if self.wan.img_emb else "has no image branch and takes no clip_fea"
             raise WanLiteError(f"This WAN {told}.")
+
+    def _checkpointed(self, block: Block, x: Tensor, **shared: Any) -> Tensor:
+        """The block's output, with x kept and the rest computed again. What is given by name is not saved: all blocks hold the same tensors."""
+        with nullcontext() if self.checkpoint_device is None else kept_on(self.checkpoint_device):
+            return checkpoint(block, x, use_reentrant=False, **shared)
 
     def _tokens(self, latents: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         x = self.patch_embedding(latents)                                   # [B, D, T, H/2, W/2]
@@ -295,6 +311,30 @@ class WanLiteStudent(ModelMixin, ConfigMixin):
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
+
+
+def computed_in(layer: nn.Linear) -> torch.dtype:
+    """The dtype that it takes its input in: its bias', since a frozen weight may be held in fewer bits."""
+    return layer.bias.dtype
+
+
+def kept_on(device: torch.device) -> saved_tensors_hooks:
+    """While it lasts, what autograd saves is copied to `device`, and copied back when backward asks for it.
+
+    From a GPU the copies go to pinned memory and nothing waits for them. All of it is in the order of the stream that computes: a tensor's
+    memory is used again only after its copy out, the copy back comes after that, and the CPU never reads what lies in between. A stream of its
+    own would hide the copies, but memory that a second stream has read is free only once that is done, and the CPU runs ahead of both: all
+    blocks' inputs would be on the GPU after all.
+    """
+    def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
+        kept = torch.empty(tensor.shape, dtype=tensor.dtype, device=device, pin_memory=tensor.is_cuda and device.type == "cpu")
+        return tensor.device, kept.copy_(tensor, non_blocking=tensor.is_cuda)
+
+    def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
+        origin, kept = packed
+        return kept.to(origin, non_blocking=origin.type == "cuda")
+
+    return saved_tensors_hooks(pack, unpack)
 
 
 def heads(x: Tensor) -> Tensor:

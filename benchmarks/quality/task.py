@@ -62,7 +62,7 @@ class Task:
     @property
     def has_asked(self) -> bool:
         """Whether its training has all of the teacher's answers: it plans its steps only then."""
-        return (self.folder / "run" / "plan.json").exists()
+        return RunFolder(self.folder / "run").noted("legs") is not None
 
     @property
     def key(self) -> str:

@@ -118,7 +118,7 @@ def train(task: Task, world: World, teacher: ModuleTeacher, device: str) -> tupl
         module = handle_of(task, row.of).load(torch.float32, device)
         teacher, cfg = ModuleTeacher(module, shift=world.shift), 1.0
     start, seconds = started(replace(task, row=replace(row, lora_of="")), world, teacher, cfg)
-    lora = read_lora(RunFolder(task.source / "run").lora, start.config) if row.lora_of else None
+    lora = read_lora(lora_of(task), start.config) if row.lora_of else None
     job = DistillJob(student=start.fingerprint, teacher=teacher.fingerprint, prompts=bank.fingerprint, shape=world.latents, shift=world.shift,
                      cfg=cfg, fold_guidance=row.cfg is not None, steps=row.training, train_seed=task.seed, recipe=row.recipe, start_from="" if lora is None else lora_fingerprint(lora))
     forget_another(job, task.folder / "run")
@@ -129,7 +129,7 @@ def train(task: Task, world: World, teacher: ModuleTeacher, device: str) -> tupl
 def forget_another(job: DistillJob, folder: Path) -> None:
     """Takes a run away that trained something else when the row meant something else."""
     noted = RunFolder(folder).noted("job")
-    if noted is not None and noted["job"] != json.loads(json.dumps(job.to_json())):
+    if noted is not None and noted != json.loads(json.dumps(job.to_json())):
         shutil.rmtree(folder)
 
 
@@ -139,7 +139,12 @@ def started(task: Task, world: World, teacher: ModuleTeacher, cfg: float) -> tup
     if row.after or row.scratch:
         return handle_of(task, row.after) if row.after else fresh(task, world), 0.0
     start, seconds = created(task, world, teacher, cfg)
-    return replace(start, loras=(str(RunFolder(task.source / "run").lora),)) if row.lora_of else start, seconds
+    return replace(start, loras=(str(lora_of(task)),)) if row.lora_of else start, seconds
+
+
+def lora_of(task: Task) -> Path:
+    """The LoRA that the row's source ended with."""
+    return Path(finished_from_disk(RunFolder(task.source / "run")).handle.loras[-1])
 
 
 def handle_of(task: Task, name: str) -> StudentHandle:

@@ -8,6 +8,7 @@ from wanlite_model.compress.apply import plain_cut, start_student
 from wanlite_model.compress.ffn import FfnCut, Moments, cut_ffn, refit
 from wanlite_model.compress.importance import answers, make_probe, velocity_errors
 from wanlite_model.compress.plan import CompressionPlan, interleaved
+from wanlite_model.compress.shelf import Shelf
 from wanlite_model.errors import WanLiteError
 from wanlite_model.formats.keymap import wan_shapes
 from wanlite_model.teacher import ModuleTeacher
@@ -99,12 +100,12 @@ def test_a_strong_ridge_is_the_plain_slice_not_zero():
     torch.testing.assert_close(cut.weight, weight[:, cut.kept], rtol=1e-6, atol=1e-6)
 
 
-def test_refitting_beats_slicing_on_states_it_has_not_seen():
+def test_refitting_beats_slicing_on_states_it_has_not_seen(tmp_path):
     teacher = counting_teacher(depth=4)
     probe = probe_of(teacher, 40)
     seen, unseen = probe[:32], probe[32:]
     plan = plan_of(teacher, ffn_dim=128)
-    cuts = result_of(cut_ffn(teacher, seen, plan.keep, 128))
+    cuts = result_of(cut_ffn(teacher, seen, plan.keep, 128, Shelf(tmp_path / "shelf")))
     own = teacher.module.state_dict()
     sliced = {block: FfnCut(kept=cut.kept, weight=own[f"blocks.{block}.ffn.2.weight"][:, cut.kept], bias=own[f"blocks.{block}.ffn.2.bias"])
               for block, cut in cuts.items()}
@@ -115,7 +116,7 @@ def test_refitting_beats_slicing_on_states_it_has_not_seen():
 
 
 @pytest.mark.parametrize("level", [0.0, 3.0])
-def test_neurons_that_say_nothing_go_first_and_are_not_missed(level):
+def test_neurons_that_say_nothing_go_first_and_are_not_missed(level, tmp_path):
     """Silent ones, and those that always say the same: the bias says it for them."""
     teacher = counting_teacher(depth=2)
     quiet = torch.arange(0, 256, 4)
@@ -124,37 +125,37 @@ def test_neurons_that_say_nothing_go_first_and_are_not_missed(level):
             block.ffn[0].weight[quiet] = 0
             block.ffn[0].bias[quiet] = level
     probe, plan = probe_of(teacher, 16), plan_of(teacher, ffn_dim=192)
-    cuts = result_of(cut_ffn(teacher, probe, plan.keep, 192))
+    cuts = result_of(cut_ffn(teacher, probe, plan.keep, 192, Shelf(tmp_path / "shelf")))
     assert not any(set(cut.kept.tolist()) & set(quiet.tolist()) for cut in cuts.values())
     started = student_of(start_student(teacher.weights(), plan, cuts), plan.student_config(teacher.config))
     torch.testing.assert_close(velocities(started, probe), velocities(teacher, probe), rtol=1e-3, atol=1e-4)
 
 
-def test_the_memory_bound_changes_the_forwards_and_not_the_result():
+def test_the_memory_bound_changes_the_forwards_and_not_the_result(tmp_path):
     teacher = counting_teacher(depth=4)
     probe, found, forwards = probe_of(teacher, 8), [], []
     for memory in (1, 2 * 4 * 256**2, 2 << 30):
         teacher.forwards = 0
-        found.append(result_of(cut_ffn(teacher, probe, (0, 2, 3), 100, memory=memory)))
+        found.append(result_of(cut_ffn(teacher, probe, (0, 2, 3), 100, Shelf(tmp_path / str(memory)), memory=memory)))
         forwards.append(teacher.forwards)
     assert forwards == [3, 2, 1]
     for block in (0, 2, 3):
         assert all(torch.equal(other[block].weight, found[0][block].weight) for other in found)
 
 
-def test_neurons_are_scored_with_the_removed_blocks_gone():
+def test_neurons_are_scored_with_the_removed_blocks_gone(tmp_path):
     teacher = counting_teacher(depth=4)
     probe = probe_of(teacher, 16)
-    whole, alone = (result_of(cut_ffn(teacher, probe, keep, 128)) for keep in ((0, 1, 2, 3), (0, 3)))
+    whole, alone = (result_of(cut_ffn(teacher, probe, keep, 128, Shelf(tmp_path / str(len(keep))))) for keep in ((0, 1, 2, 3), (0, 3)))
     assert torch.equal(whole[0].weight, alone[0].weight)
     assert not torch.equal(whole[3].weight, alone[3].weight)
 
 
-def test_a_bf16_teacher_gives_bf16_cuts_in_inference_mode_too():
+def test_a_bf16_teacher_gives_bf16_cuts_in_inference_mode_too(tmp_path):
     teacher = counting_teacher(depth=2, dtype=torch.bfloat16)
     with torch.inference_mode():
         probe = probe_of(teacher, 8)
-        cuts = result_of(cut_ffn(teacher, probe, (0, 1), 64))
+        cuts = result_of(cut_ffn(teacher, probe, (0, 1), 64, Shelf(tmp_path / "shelf")))
         started = dict(start_student(teacher.weights(), plan_of(teacher, ffn_dim=64), cuts))
     assert {tensor.dtype for tensor in started.values()} == {torch.bfloat16}
     assert not any(tensor.is_inference() for cut in cuts.values() for tensor in (cut.kept, cut.weight, cut.bias))
@@ -167,11 +168,18 @@ def test_activations_that_are_not_finite_are_one_sentence():
         moments.finish()
 
 
-def test_a_teacher_has_no_hooks_after_a_cut_that_was_closed():
+def test_a_teacher_has_no_hooks_after_a_cut_that_was_closed(tmp_path):
     teacher = counting_teacher(depth=2)
-    steps = cut_ffn(teacher, probe_of(teacher, 8), (0, 1), 64)
+    steps = cut_ffn(teacher, probe_of(teacher, 8), (0, 1), 64, Shelf(tmp_path / "shelf"))
     for told in steps:
         if teacher.forwards:
             break
     steps.close()
     assert not any(module._forward_hooks for module in teacher.module.modules())
+
+
+def test_a_disk_that_takes_no_weights_is_one_sentence(tmp_path):
+    shelf = Shelf(tmp_path / "shelf")
+    (tmp_path / "shelf").rmdir()
+    with pytest.raises(WanLiteError, match="blocks.0.ffn.2.bias could not be put aside"):
+        shelf.put({"blocks.0.ffn.2.bias": torch.zeros(4)})

@@ -76,7 +76,7 @@ def test_another_student_is_taught_by_the_teacher_that_was_given(setting):
 
 def test_a_run_ends_with_one_lora_in_place_of_the_one_it_went_on_from(setting):
     *events, end = setting.run(setting.few, MATCH, "matched", steps=12)
-    assert len(end.handle.loras) == 1 and end.handle.loras[0].endswith("lora.safetensors") and end.handle.loras != setting.few.loras
+    assert len(end.handle.loras) == 1 and end.handle.loras[0].endswith(".safetensors") and end.handle.loras != setting.few.loras
     assert "brightness, contrast, sharpness and motion" in end.report and "LoRA as it was" in end.report
     before, after = (read_lora(path, setting.start.config) for path in (setting.few.loras[0], end.handle.loras[0]))
     assert before.factors.keys() == after.factors.keys()
@@ -102,12 +102,12 @@ def test_the_students_gradient_vanishes_when_the_critic_says_what_the_teacher_sa
     """With cfg 1 and a critic that has learnt nothing yet, both are the base: there is nowhere to go."""
     running = Run(setting.job(setting.few, MATCH, cfg=1.0), RunFolder(setting.folder / "still"), setting.folder / "cache", setting.teacher,
                   setting.few, setting.bank, None, lambda: False, False)
-    running.pairs, running.began = [], 0.0
+    running.began = 0.0
     setting.folder.joinpath("still").mkdir()
     next(event for event in running._work() if isinstance(event, Stage) and event.name == "evaluating the start")
-    matching = running.matching
+    matching = running.learner
     draw = torch.Generator().manual_seed(0)
-    clips = matching._clips(draw)
+    clips = result_of(matching._clips(draw))
     with torch.no_grad():
         gradient = matching._gradient(clips, setting.bank.cond(clips.prompts).context, draw)
         assert gradient.abs().max() < 1e-4
@@ -122,8 +122,8 @@ def test_a_step_of_the_student_goes_to_where_the_teacher_is_and_away_from_the_cr
                   setting.few, setting.bank, None, lambda: False, False)
     setting.folder.joinpath("signs").mkdir()
     next(event for event in running._work() if isinstance(event, Stage) and event.name == "evaluating the start")
-    matching, state, draw = running.matching, running.state, torch.Generator().manual_seed(0)
-    clips = matching._clips(draw)
+    matching, state, draw = running.learner, running.state, torch.Generator().manual_seed(0)
+    clips = result_of(matching._clips(draw))
     context = setting.bank.cond(clips.prompts).context
     for name, value in state.critic.parameters.items():
         value.data.normal_(generator=torch.Generator().manual_seed(1)).mul_(0.1)
@@ -150,17 +150,19 @@ def test_a_step_of_the_student_goes_to_where_the_teacher_is_and_away_from_the_cr
 
 def test_a_step_that_broke_off_is_not_saved(setting, monkeypatch):
     from wanlite_model.distill.matching import Matching
-    inner = Matching.backward
+    inner = Matching.gradients
 
-    def breaks(self, step):
-        for number, loss in enumerate(inner(self, step)):
-            yield loss * (float("nan") if step == 2 and number == 2 else 1)
+    def breaks(self, step, total):
+        losses = 0
+        for loss in inner(self, step, total):
+            losses += loss is not None
+            yield None if loss is None else loss * (float("nan") if step == 2 and losses == 3 else 1)
 
-    monkeypatch.setattr(Matching, "backward", breaks)
+    monkeypatch.setattr(Matching, "gradients", breaks)
     with pytest.raises(WanLiteError, match="not finite at step 3"):
         setting.run(setting.few, MATCH, "broken")
     assert not (setting.folder / "broken" / "checkpoint.safetensors").exists()
-    monkeypatch.setattr(Matching, "backward", inner)
+    monkeypatch.setattr(Matching, "gradients", inner)
     setting.run(setting.few, MATCH, "broken")
     setting.run(setting.few, MATCH, "never broken")
     one, other = (load_file(setting.folder / name / "checkpoint.safetensors") for name in ("broken", "never broken"))

@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers_compress import result_of
 from helpers_disk import leave_room
-from helpers_tiny import random_bank, random_teacher
+from helpers_distill import SHAPE, Setting, same, until
+from helpers_tiny import random_teacher
 from safetensors.torch import load_file
 
 from wanlite_model import flow
@@ -24,53 +25,13 @@ from wanlite_model.prompts import PromptBank
 from wanlite_model.teacher import ModuleTeacher, guided_velocity
 from wanlite_model.transformer import WanLiteStudent
 
-SHAPE = (16, 2, 4, 4)
-RECIPE = Recipe(learning_rate=2e-3, batch_size=4, warmup=2, teacher_steps=3, evaluations=2, ema_decay=0.5)
-
-
-class Setting:
-    """A tiny teacher, its student, prompts and folders."""
-
-    def __init__(self, folder, prompts=3, depth=4):
-        self.folder, self.teacher, self.bank = folder, random_teacher(), random_bank(prompts)
-        self.student, _ = result_of(create_student(self.teacher, self.bank, SHAPE, depth=depth, ffn_dim=256, keep=None, method="interleaved",
-                                                  seed=0, folder=folder / "starts"))
-
-    def job(self, **changes):
-        recipe = dataclasses.replace(RECIPE, **changes.pop("recipe", {}))
-        return DistillJob(**{"student": self.student.fingerprint, "teacher": self.teacher.fingerprint, "prompts": self.bank.fingerprint,
-                             "shape": SHAPE, "shift": self.teacher.shift, "cfg": 3.0, "steps": 6, "recipe": recipe, **changes})
-
-    def events(self, job=None, name="run", **options):
-        return run(job or self.job(), self.folder / name, self.folder / "cache", self.teacher, self.student, self.bank, **options)
-
-    def state(self, name="run"):
-        """Everything that training changes: weights, their average, the optimizer's moments."""
-        return load_file(self.folder / name / "checkpoint.safetensors")
-
-    def weights(self, name="run"):
-        return WanLiteStudent.from_pretrained(self.folder / name / "student").state_dict()
-
-
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     return Setting(tmp_path_factory.mktemp("trainer"))
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 def averaged(state):
     return {name: value for name, value in state.items() if name.startswith("average.")}
-
-
-def until(events, wanted):
-    with closing(events) as stream:
-        for event in stream:
-            if wanted(event):
-                return event
-    raise AssertionError("the event never came")
 
 
 def test_a_run_tells_its_story_and_ends_below_the_start_and_the_plain_cut(setting):
@@ -118,7 +79,7 @@ def test_a_run_stopped_at_its_last_step_still_measures_it(setting, where):
     assert resumed.handle.fingerprint == straight.handle.fingerprint and resumed.evaluations == straight.evaluations
 
 
-@pytest.mark.parametrize("where", ["_fresh_state", "_backward"])
+@pytest.mark.parametrize("where", ["_fresh_state", "_gradients"])
 @pytest.mark.parametrize("budget", [{"steps": 6}, {"steps": 0, "minutes": 0.2}], ids=["steps", "minutes"])
 def test_a_card_that_is_too_small_gets_a_sentence(setting, monkeypatch, where, budget):
     def full(*_):
@@ -402,7 +363,7 @@ def test_an_adapter_run_trains_adapters_alone_and_hands_out_a_lora(setting):
     job = setting.job(steps=30, recipe={"rank": 4, "learning_rate": 5e-3})
     end = list(setting.events(job, "lora"))[-1]
     assert all(".lora_" in name for name in setting.state("lora"))
-    assert end.handle.folder == setting.student.folder and end.handle.loras == (str(setting.folder / "lora" / "lora.safetensors"),)
+    assert end.handle.folder == setting.student.folder and end.handle.loras == (str(setting.folder / "lora" / "lora-30.safetensors"),)
     with setting.student.open() as before, end.handle.open() as after:
         changed = {name for (name, old), (_, new) in zip(before.tensors(), after.tensors()) if not torch.equal(old, new)}
     assert changed and all(name.endswith(".weight") and "modulation" not in name and not name.startswith("text_embedding") for name in changed)
@@ -477,10 +438,10 @@ def test_with_velocity_kd_the_teacher_is_asked_where_the_student_comes_to(settin
     job = setting.job(recipe={"own_states": 1.0})
     running = Run(job, RunFolder(setting.folder / "asked"), setting.folder / "cache", setting.teacher, setting.student, setting.bank, None,
                   lambda: False, False)
-    with running.files.opened(job, {}):
+    with running.files.opened(job):
         next(event for event in running._work() if isinstance(event, Stage) and event.name == "evaluating the start")
     drawn = running.cache.batch(0)
-    batch = running._rolled(drawn)
+    batch = result_of(running.learner.rolled(drawn))
     assert set(drawn.rolled.tolist()) <= {1, 2} and torch.equal(batch.sigma, flow.schedule(3, job.shift)[drawn.rolled])
     for row, steps in enumerate(drawn.rolled.tolist()):
         which = (drawn.prompts[row],)

@@ -21,10 +21,12 @@ LAYERS = (
     ("wanlite_model.prompts",),
     ("wanlite_model.compress",),
     ("wanlite_model.distill",),
+    ("wanlite_model.cli",),
+    ("wanlite_model.__main__",),
     ("nodes.comfy_bridge",),
     ("nodes",),
 )
-ENGINE_MAY_IMPORT = {"torch", "numpy", "safetensors", "filelock", "diffusers", "peft"}
+ENGINE_MAY_IMPORT = {"torch", "numpy", "safetensors", "filelock", "psutil", "tqdm", "diffusers", "peft"}
 COMFYUI = {"comfy", "comfy_api", "comfy_config", "comfy_execution", "comfy_extras", "execution", "folder_paths", "latent_preview",
            "node_helpers", "nodes", "server"}
 

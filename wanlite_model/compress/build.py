@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import math
@@ -16,8 +15,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import WanConfig
@@ -33,12 +30,13 @@ from ..transformer import WanLiteStudent
 from .apply import plain_cut, start_student
 from .blockwise import heal_blocks
 from .depth import DepthChoice, greedy_depth, least_influence
-from .ffn import FfnCut, cut_ffn
+from .ffn import Cuts, cut_ffn
 from .gaps import refit_gaps
 from .handle import StudentHandle
 from .importance import ROLLOUT_STEPS, Probe, Velocity, answers, check_shape, make_probe, tokens, velocity_errors, without
 from .plan import METHODS, REFITS, CompressionPlan, Method, Progress, Refit, check_depth, check_ffn_dim, check_keep, interleaved
 from .report import Measured, describe
+from .shelf import Shelf
 from .walk import KEPT, MEMORY
 
 log = logging.getLogger(__name__)
@@ -147,8 +145,8 @@ def _make(teacher: Teacher, prompts: PromptBank | None, shape: tuple[int, int, i
     probe = None
     if measures:
         probe = yield from make_probe(teacher, prompts, shape, seed=seed, count=_states(teacher.config, request, shape) + HELD_OUT, cfg=cfg)
-    plan, choice, cuts = yield from _choose(teacher, request, None if probe is None else probe[:-HELD_OUT])
     with _staging(folder, fingerprint) as staging:
+        plan, choice, cuts = yield from _choose(teacher, request, None if probe is None else probe[:-HELD_OUT], staging)
         healed = None
         if request.block_steps or request.refit != "none" and plan.after_gaps:
             healed = yield from _heal(teacher, prompts, shape, plan, cuts, request, staging, seed=seed, cfg=cfg)
@@ -189,8 +187,8 @@ def _states(teacher: WanConfig, request: Request, shape: tuple[int, int, int, in
     return min(MOST_STATES, max(LEAST_STATES, -(-TOKENS_PER_NEURON * teacher.ffn_dim // tokens(shape))))
 
 
-def _choose(teacher: Teacher, request: Request, probe: Probe | None
-            ) -> Generator[Progress, None, tuple[CompressionPlan, DepthChoice | None, dict[int, FfnCut] | None]]:
+def _choose(teacher: Teacher, request: Request, probe: Probe | None, staging: Path
+            ) -> Generator[Progress, None, tuple[CompressionPlan, DepthChoice | None, Cuts | None]]:
     config, keep, choice = teacher.config, request.keep, None
     if keep is None and request.method != "interleaved" and request.depth < config.num_layers:
         if request.method == "influence":
@@ -203,38 +201,33 @@ def _choose(teacher: Teacher, request: Request, probe: Probe | None
     plan = request.plan(config, interleaved(config.num_layers, request.depth) if keep is None else keep)
     cuts = None
     if plan.ffn_dim < config.ffn_dim:
-        cuts = yield from cut_ffn(teacher, probe, plan.keep, plan.ffn_dim)
+        cuts = yield from cut_ffn(teacher, probe, plan.keep, plan.ffn_dim, Shelf(staging / "ffn"))
     return plan, choice, cuts
 
 
 @dataclass(frozen=True, kw_only=False, slots=True, eq=False)
 class _Weights:
-    """The start's tensors, made anew at each call: the teacher's, cut, and those that were refitted or trained since. healed: {name: file}."""
+    """The start's tensors, made anew at each call: the teacher's, cut, and, healed, those that were refitted or trained since."""
     teacher: Teacher
     plan: CompressionPlan
-    cuts: dict[int, FfnCut] | None
-    healed: dict[str, Path] | None = None
+    cuts: Cuts | None
+    healed: Shelf | None = None
     size: list[int] = field(default_factory=lambda: [0, 0])
 
     def __call__(self) -> Iterator[tuple[str, Tensor]]:
         self.size[:] = [0, 0]
         for name, tensor in start_student(_counted(self.teacher.weights(), self.size), self.plan, self.cuts):
-            yield name, tensor if not self.healed or name not in self.healed else _stored(self.healed[name], name)
+            yield name, tensor if self.healed is None or name not in self.healed else self.healed[name]
 
     @property
     def whole_blocks(self) -> bool:
         """Whether they are the teacher's own, so that it can stand in for them."""
-        return self.cuts is None and not self.healed
+        return self.cuts is None and self.healed is None
 
 
-def _stored(file: Path, name: str) -> Tensor:
-    with safe_open(file, "pt") as stored:
-        return stored.get_tensor(name).clone()
-
-
-def _heal(teacher: Teacher, prompts: PromptBank, shape: tuple[int, int, int, int], plan: CompressionPlan, cuts: dict[int, FfnCut] | None,
-          request: Request, staging: Path, *, seed: int, cfg: float) -> Generator[Progress, None, dict[str, Path]]:
-    """{name: the file that holds what it became}. The cut is written first and read block by block: a 14B is never in memory as a whole."""
+def _heal(teacher: Teacher, prompts: PromptBank, shape: tuple[int, int, int, int], plan: CompressionPlan, cuts: Cuts | None,
+          request: Request, staging: Path, *, seed: int, cfg: float) -> Generator[Progress, None, Shelf]:
+    """What tensors of the start became, by their names. The cut is written first and read block by block: a 14B is never in memory as a whole."""
     size = KEPT.itemsize * tokens(shape) * teacher.config.dim
     count = max(LEAST_HEALING, min(MOST_HEALING, MEMORY // size))
     each = next((n for n in (ROLLOUT_STEPS, 4, 2) if count >= 2 * n * HEALING_ROLLOUTS), 1)
@@ -242,22 +235,15 @@ def _heal(teacher: Teacher, prompts: PromptBank, shape: tuple[int, int, int, int
     yield Progress(stage="Writing the cut", done=0, total=1)
     config = plan.student_config(teacher.config)
     written = write_student(staging / "cut", config=config, tensors=_Weights(teacher, plan, cuts)())
-    healed: dict[str, Path] = {}
-    numbers = itertools.count()
-
-    def keep(tensors: dict[str, Tensor]) -> None:
-        file = staging / f"healed-{next(numbers)}.safetensors"
-        save_file(tensors, file)
-        healed.update(dict.fromkeys(tensors, file))
-
+    healed = Shelf(staging / "healed")
     with open_wan(written.path) as source:
         def read(name: str) -> Tensor:
-            return _stored(healed[name], name) if name in healed else source.tensor(name)
+            return healed[name] if name in healed else source.tensor(name)
 
         if request.refit != "none":
-            yield from refit_gaps(teacher, read, plan, probe, request.refit, keep)
+            yield from refit_gaps(teacher, read, plan, probe, request.refit, healed.put)
         if request.block_steps:
-            yield from heal_blocks(teacher, read, plan, probe, request.block_steps, keep)
+            yield from heal_blocks(teacher, read, plan, probe, request.block_steps, healed.put)
     return healed
 
 

@@ -8,7 +8,7 @@ towards zero, so too few states cannot make it worse than that by much, and drop
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from ..errors import WanLiteError
 from ..teacher import Teacher
 from .importance import Probe, answers
 from .plan import Progress, check_ffn_dim
+from .shelf import Shelf
 
 RIDGE = 0.1                 # of the kept neurons' mean variance: best or close to it from 2 to 8 tokens a neuron
 ROWS_AT_ONCE = 4096         # activation rows that are widened to fp32 at a time
@@ -30,6 +31,22 @@ class FfnCut:
     kept: Tensor
     weight: Tensor
     bias: Tensor
+
+
+class Cuts(Mapping[int, FfnCut]):
+    """{teacher block: what stays of its FFN}, read from a shelf each time that it is asked for."""
+
+    def __init__(self, shelf: Shelf, blocks: Sequence[int]) -> None:
+        self._shelf, self._blocks = shelf, blocks
+
+    def __getitem__(self, block: int) -> FfnCut:
+        return FfnCut(**{leaf: self._shelf[f"blocks.{block}.ffn.2.{leaf}"] for leaf in ("kept", "weight", "bias")})
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._blocks)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
 
 
 class Moments:
@@ -62,35 +79,35 @@ class Moments:
         return self.centre.double().cpu() + mean, covariance
 
 
-def cut_ffn(teacher: Teacher, probe: Probe, keep: Sequence[int], ffn_dim: int, *, memory: int = MEMORY
-            ) -> Generator[Progress, None, dict[int, FfnCut]]:
-    """{teacher block: what stays of its FFN} for the blocks in `keep`, measured with the other blocks already gone.
+def cut_ffn(teacher: Teacher, probe: Probe, keep: Sequence[int], ffn_dim: int, shelf: Shelf, *, memory: int = MEMORY
+            ) -> Generator[Progress, None, Cuts]:
+    """What stays of the FFN of the blocks in `keep`, measured with the other blocks already gone.
 
     The probe passes through the teacher once per group of blocks whose moments fit in `memory` bytes; the result does not depend on
-    it. Beside them the CPU holds ffn.2 of the kept blocks in its stored dtype. Yields once a forward and once a block.
+    it. Each block's ffn.2, and then what it became, waits on the shelf. Yields once a forward and once a block.
     """
     full, stage = teacher.config.ffn_dim, "Refitting the FFN"
     check_ffn_dim(ffn_dim, full)
     skip = frozenset(range(teacher.config.num_layers)) - set(keep)
-    layers: dict[int, dict[str, Tensor]] = {block: {} for block in keep}
     for name, tensor in teacher.weights():
         match = re.fullmatch(r"blocks\.(\d+)\.ffn\.2\.(weight|bias)", name)
-        if match and int(match[1]) in layers:
-            layers[int(match[1])][match[2]] = tensor
+        if match and int(match[1]) in keep:
+            shelf.put({name: tensor})
             yield Progress(stage=stage, done=0, total=len(keep))
-    cuts: dict[int, FfnCut] = {}
-    together = max(1, memory // (4 * full * full))
+    done, together = 0, max(1, memory // (4 * full * full))
     for start in range(0, len(keep), together):
         group = keep[start:start + together]
         moments = {f"blocks.{block}.ffn.2": Moments() for block in group}
         for _ in answers(lambda x, sigma, cond: teacher.velocity(x, sigma, cond, skip=skip, taps=moments), probe):
-            yield Progress(stage=stage, done=len(cuts), total=len(keep))
-        for block in group:
+            yield Progress(stage=stage, done=done, total=len(keep))
+        for path in list(moments):
             with torch.inference_mode(False), torch.no_grad():
-                mean, covariance = moments.pop(f"blocks.{block}.ffn.2").finish()
-                cuts[block] = refit(**layers.pop(block), mean=mean, covariance=covariance, ffn_dim=ffn_dim)
-            yield Progress(stage=stage, done=len(cuts), total=len(keep))
-    return cuts
+                mean, covariance = moments.pop(path).finish()
+                cut = refit(weight=shelf[f"{path}.weight"], bias=shelf[f"{path}.bias"], mean=mean, covariance=covariance, ffn_dim=ffn_dim)
+            shelf.put({f"{path}.kept": cut.kept, f"{path}.weight": cut.weight, f"{path}.bias": cut.bias})
+            done += 1
+            yield Progress(stage=stage, done=done, total=len(keep))
+    return Cuts(shelf, keep)
 
 
 def refit(*, weight: Tensor, bias: Tensor, mean: Tensor, covariance: Tensor, ffn_dim: int, ridge: float = RIDGE) -> FfnCut:

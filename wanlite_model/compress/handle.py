@@ -1,7 +1,7 @@
 """A student by name: what a wire of the graph carries, never a module or tensors."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,9 +28,9 @@ class Opened:
     source: WanFile
     loras: tuple[Lora, ...]
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of the whole student, one at a time and in the file's dtypes; what a LoRA changes is in fp32, not rounded."""
-        found = self.source.tensors()
+    def tensors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of the whole student, or of these names, one at a time and in the file's dtypes; what a LoRA changes is in fp32, not rounded."""
+        found = self.source.tensors(names)
         for lora in self.loras:
             found = lora.merged(found)
         return iter(found)
@@ -65,12 +65,10 @@ class StudentHandle:
 
     def load(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> WanLiteStudent:
         """The student in memory, its LoRAs merged in. dtype: None takes that of most of the file."""
-        module = WanLiteStudent.from_wan(self.config, device="meta")
         with self.open() as opened:
-            state = {name: tensor.to(device=device, dtype=dtype or opened.source.dtype) for name, tensor in opened.tensors()}
-        module.load_state_dict(state, assign=True)
+            module = WanLiteStudent.filled(self.config, opened.tensors(), dtype or opened.source.dtype, device)
         module.card = self.card
-        return module.eval()
+        return module
 
     @classmethod
     def of(cls, path: Path) -> StudentHandle:

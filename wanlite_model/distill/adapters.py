@@ -31,13 +31,12 @@ class Adapters:
         self.parameters: dict[str, nn.Parameter] = {}
         self.scales: dict[str, float] = {}
         self.enabled = enabled
-        layers = dict(module.named_modules())
+        layers, device = dict(module.named_modules()), next(module.parameters()).device         # a layer's own may be that of its home
         for path, found in factors.items():
             layer = layers.get(path)
             if not isinstance(layer, nn.Linear) or (found.down.shape[1], found.up.shape[0]) != (layer.in_features, layer.out_features):
                 raise WanLiteError(f"The LoRA changes {path} by {list(found.up.shape)} x {list(found.down.shape)}.",
                                    f"This WAN has {'no such layer' if layer is None else f'{layer} there'}.", "Choose a LoRA for this WAN.")
-            device = layer.weight.device
             for leaf, value in (("lora_A", found.down), ("lora_B", found.up)):
                 self.parameters[f"{path}.{leaf}.weight"] = nn.Parameter(value.to(device, torch.float32, copy=True))
             self.scales[path] = found.scale

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from ..compress.handle import StudentHandle
-from ..compress.importance import tokens
 from ..errors import WanLiteError
 from ..formats.lora import Factors, Lora, read_lora, stacked
 from ..teacher import Teacher
@@ -16,29 +15,49 @@ from ..transformer import WanLiteStudent
 from .adapters import Adapters, BaseTeacher, fresh_factors
 from .checkpoint import TrainState
 from .data import seeded
+from .frozen import hold_in_float8
 from .job import DistillJob
-from .optim import WeightAverage, make_optimizer
+from .levers import Levers
+from .optim import WeightAverage, is_matrix, make_optimizer
+from .swap import swap_blocks
 
-CHECKPOINT_TOKENS = 2048        # from this sample size on, blocks are computed twice to save memory
-
-
-def fresh_state(job: DistillJob, handle: StudentHandle, teacher: Teacher, start_from: Lora | None) -> TrainState:
+def fresh_state(job: DistillJob, handle: StudentHandle, teacher: Teacher, start_from: Lora | None, levers: Levers = Levers()) -> TrainState:
     """The state before the first step. Raises WanLiteError when the student is not one that the objective can go on from."""
     begin, merged = start_from or Lora(factors={}), handle
     if job.matching:
         begin, merged = few_step_lora(job, handle, teacher, start_from), replace(handle, loras=())
-    frozen = job.recipe.rank > 0
-    dtype = None if frozen and teacher.device.type == "cuda" else torch.float32      # autocast computes in half precision, the CPU does not
-    module = merged.load(dtype, teacher.device).train()
-    if tokens(job.shape) >= CHECKPOINT_TOKENS:
-        module.enable_gradient_checkpointing()
+    frozen, device = job.recipe.rank > 0, teacher.device
+    dtype = None if frozen and device.type == "cuda" else torch.float32      # autocast computes in half precision, the CPU does not
+    moved = levers.frozen_float8 or levers.swapped_blocks            # made small before it comes to the device
+    module = merged.load(dtype, "cpu" if moved else device).train()
     # What adapters cannot carry, or all of it where there are none, becomes part of the weights.
     _merge(module, replace(begin, factors={}) if frozen else begin)
-    adapters, critic = _adapters(job, module, begin) if frozen else (None, None)
+    return state_of(job, module, begin, levers, device)
+
+
+def state_of(job: DistillJob, module: WanLiteStudent, begin: Lora, levers: Levers, device: torch.device) -> TrainState:
+    """What is trained of a module, and with what. begin: factors to begin with, where adapters are trained."""
+    adapters = critic = None
+    if job.recipe.rank:
+        module.requires_grad_(False)
+        if levers.frozen_float8:
+            hold_in_float8(module, device)
+        if levers.frozen_float8 or levers.swapped_blocks:
+            swap_blocks(module, levers.swapped_blocks, device)
+        adapters, critic = _adapters(job, module, begin)
+    elif levers.optimizer_8bit and device.type == "cuda":
+        for name, parameter in module.named_parameters():
+            if is_matrix(name, parameter):
+                parameter.data = parameter.data.bfloat16()
+    if levers.checkpointing:
+        module.enable_gradient_checkpointing()
+    if levers.checkpoints_on_cpu:
+        module.checkpoint_device = torch.device("cpu")
     own = dict(module.named_parameters()) if adapters is None else adapters.parameters
     trained = {**own, **({} if critic is None else {f"critic.{name}": value for name, value in critic.parameters.items()})}
-    return TrainState(student=module, adapters=adapters, critic=critic, trained=trained, average=WeightAverage(own, job.recipe.ema_decay),
-                      optimizer=make_optimizer(trained, job.recipe))
+    average = WeightAverage(own, job.recipe.ema_decay, torch.device("cpu") if levers.optimizer_8bit else device)
+    return TrainState(student=module, adapters=adapters, critic=critic, trained=trained, average=average,
+                      optimizer=make_optimizer(trained, job.recipe, levers.optimizer_8bit, job.train_seed))
 
 
 def _merge(module: WanLiteStudent, lora: Lora) -> None:
@@ -50,8 +69,6 @@ def _merge(module: WanLiteStudent, lora: Lora) -> None:
 
 def _adapters(job: DistillJob, module: WanLiteStudent, begin: Lora) -> tuple[Adapters, Adapters | None]:
     """The student's over the frozen module, and a critic's where one is needed."""
-    module.requires_grad_(False)
-
     def fresh(name: str) -> dict:
         return fresh_factors(module, job.recipe.rank, seeded(job.train_seed, name))
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,9 @@ from ..formats.container import Writer
 from ..transformer import WanLiteStudent
 from .adapters import Adapters
 from .job import DistillJob, differences
-from .optim import WeightAverage
+from .optim import WeightAverage, adapted
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")     # AdamW keeps these for each weight, Muon the first and the last
+WEIGHTS = ("student", "average")        # of the names in a checkpoint; the others are an optimizer's
 
 
 @dataclass
@@ -34,7 +34,7 @@ class TrainState:
     student: WanLiteStudent
     trained: Mapping[str, nn.Parameter]
     average: WeightAverage
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     step: int = 0
     best_error: float = float("inf")
     best_step: int = 0
@@ -43,54 +43,76 @@ class TrainState:
 
 
 class RunFolder:
-    """`<folder>/job.json, plan.json, metrics.jsonl, checkpoint.safetensors, best.safetensors, student/ or lora.safetensors, finished.json`."""
+    """What a run keeps.
+
+    job.json: the job as it was asked for last, and what was found out and decided since (its legs, its baseline, its end). What it is made
+    from: prompts.safetensors, latents.safetensors, start_from.safetensors. How far it is: metrics.jsonl, checkpoint.safetensors (all that
+    training changes), best.safetensors (bf16). What it ended with: student-<step>/ or lora-<step>.safetensors: a run can end more than once,
+    and the student it handed out before may still be in use.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.checkpoint, self.best, self.student = path / "checkpoint.safetensors", path / "best.safetensors", path / "student"
-        self.lora = path / "lora.safetensors"
-        self.metrics = path / "metrics.jsonl"
+        self.path, self.job = path, path / "job.json"
+        self.checkpoint, self.best, self.metrics = path / "checkpoint.safetensors", path / "best.safetensors", path / "metrics.jsonl"
+
+    def student(self, step: int) -> Path:
+        return self.path / f"student-{step}"
+
+    def lora(self, step: int) -> Path:
+        return self.path / f"lora-{step}.safetensors"
 
     @contextmanager
-    def opened(self, job: DistillJob, about: Mapping[str, Any]) -> Iterator[None]:
-        """Takes the run for this process. Raises WanLiteError when it is another job's, or in use; then nothing was changed."""
+    def opened(self, job: DistillJob) -> Iterator[None]:
+        """Takes the run for this process, until it ends. Raises WanLiteError when it is another job's, or in use; then nothing was changed."""
         self._compare(job)
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock")
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock")
             lock.acquire(timeout=0)
         except Timeout as error:
             raise WanLiteError(f"Run {self.path.name!r} is in use by another job.", "", "Wait for it, or type a new run name.") from error
+        except OSError as error:
+            raise WanLiteError(f"The folder of run {self.path.name!r} cannot be written ({error}).", "A run keeps its state there.",
+                               "Make it writable, or choose another place for runs.") from error
         try:
             self._compare(job)
             sweep(self.path)
-            write_json(self.path / "job.json", {"job": job.to_json(), "about": dict(about)})
+            self.note("job", job.to_json())
             yield
         finally:
             lock.release()
 
     def _compare(self, job: DistillJob) -> None:
-        if not (self.path / "job.json").exists():
+        told = self.noted("job")
+        if told is None:
             return
         try:
-            old = DistillJob.from_json(read_json(self.path / "job.json")["job"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise WanLiteError(f"Run {self.path.name!r} has a damaged job.json.", "", "Type a new run name; nothing was overwritten.") from error
+            old = DistillJob.from_json(told)
+        except (KeyError, TypeError) as error:
+            raise self._damaged() from error
         if changed := differences(old, job):
             raise WanLiteError(f"Run {self.path.name!r} was made with {', '.join(changed)}.", "",
                                "Restore these values to continue it, or type a new run name to start from step 0. Nothing was overwritten.")
 
-    def note(self, name: str, value: Any) -> None:
-        """Remembers a small fact of the run (its plan, its baseline, its end)."""
-        write_json(self.path / f"{name}.json", value)
+    def note(self, name: str, value: Any, **others: Any) -> None:
+        """Remembers facts of the run in job.json, in place of what was noted under these names before."""
+        write_json(self.job, {**self._notes(), name: value, **others})
 
     def noted(self, name: str) -> Any:
-        """What was noted, or None. Raises WanLiteError when it cannot be read."""
-        path = self.path / f"{name}.json"
+        """What was noted, or None. Raises WanLiteError when job.json cannot be read."""
+        return self._notes().get(name)
+
+    def _notes(self) -> dict[str, Any]:
         try:
-            return read_json(path) if path.exists() else None
-        except json.JSONDecodeError as error:
-            raise WanLiteError(f"Run {self.path.name!r} has a damaged {path.name}.", "", "Type a new run name; nothing was overwritten.") from error
+            notes = read_json(self.job) if self.job.exists() else {}
+        except (OSError, ValueError) as error:
+            raise self._damaged() from error
+        if not isinstance(notes, dict):
+            raise self._damaged()
+        return notes
+
+    def _damaged(self) -> WanLiteError:
+        return WanLiteError(f"Run {self.path.name!r} has a damaged job.json.", "", "Type a new run name; nothing was overwritten.")
 
     def log(self, **row: Any) -> None:
         """Appends one line to metrics.jsonl."""
@@ -116,11 +138,7 @@ class RunFolder:
 
     def save(self, state: TrainState) -> int:
         """Writes the complete state, at once; returns its bytes."""
-        tensors = {f"student.{name}": parameter.detach() for name, parameter in state.trained.items()}
-        tensors |= {f"average.{name}": value for name, value in state.average.values.items()}
-        for name, parameter in state.trained.items():
-            tensors |= {f"{key}.{name}": value for key, value in state.optimizer.state[parameter].items()}
-        _write(self.checkpoint, tensors, {"wanlite.state": json.dumps({"step": state.step})})
+        _write(self.checkpoint, _state_tensors(state), {"wanlite.state": json.dumps({"step": state.step})})
         return self.checkpoint.stat().st_size
 
     def restore(self, state: TrainState) -> bool:
@@ -129,15 +147,14 @@ class RunFolder:
             return False
         try:
             with safe_open(self.checkpoint, "pt") as stored:
-                told, names = json.loads(stored.metadata()["wanlite.state"]), set(stored.keys())
+                told, moments = json.loads(stored.metadata()["wanlite.state"]), _moments_of(stored.keys())
                 for name, parameter in state.trained.items():
                     parameter.data.copy_(stored.get_tensor(f"student.{name}"))
                     if name in state.average.values:
                         state.average.values[name].copy_(stored.get_tensor(f"average.{name}"))
                     # Copies: what stays a view would keep the file mapped, and Windows then refuses to replace it.
-                    moments = {key: stored.get_tensor(f"{key}.{name}").clone() for key in MOMENTS if f"{key}.{name}" in names}
-                    state.optimizer.state[parameter] = {key: value if key == "step" else value.to(parameter.device)
-                                                        for key, value in moments.items()}
+                    found = {key: stored.get_tensor(f"{key}.{name}").clone() for key in moments.get(name, ())}
+                    state.optimizer.state[parameter] = _on(parameter.device, adapted(state.optimizer, parameter, found))
         except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
             raise WanLiteError(f"The checkpoint of run {self.path.name!r} is damaged ({error}).", "",
                                "Type a new run name to start again; the teacher's cached answers are used again.") from error
@@ -159,6 +176,32 @@ class RunFolder:
     def load_best(self) -> dict[str, Tensor]:
         """The best weights so far, as copies: the file is not held."""
         return {name: value.clone() for name, value in load_file(self.best).items()}
+
+
+def size_of(state: TrainState) -> int:
+    """Bytes that a checkpoint of it takes."""
+    return sum(value.numel() * value.element_size() for value in _state_tensors(state).values())
+
+
+def _moments_of(names: Iterable[str]) -> dict[str, list[str]]:
+    """{parameter: what an optimizer keeps of it} of the names in a checkpoint."""
+    found: dict[str, list[str]] = {}
+    for key, _, parameter in (name.partition(".") for name in names):
+        if key not in WEIGHTS:
+            found.setdefault(parameter, []).append(key)
+    return found
+
+
+def _on(device: torch.device, moments: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value if key == "step" else value.to(device) for key, value in moments.items()}
+
+
+def _state_tensors(state: TrainState) -> dict[str, Tensor]:
+    tensors = {f"student.{name}": parameter.detach() for name, parameter in state.trained.items()}
+    tensors |= {f"average.{name}": value for name, value in state.average.values.items()}
+    for name, parameter in state.trained.items():
+        tensors |= {f"{key}.{name}": value for key, value in state.optimizer.state[parameter].items()}
+    return tensors
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], dtype: torch.dtype | None = None) -> None:

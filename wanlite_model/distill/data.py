@@ -3,13 +3,18 @@
 A unit is one prompt with one noise: the states of one teacher rollout (Euler, guided), and the rollout's end (or the user's own
 latents) noised again to other sigmas. For each state it holds what the teacher answered with and without the prompt, so that guidance
 can be folded in or kept. For trajectory KD it is the points of a finer rollout alone: what lies between two of them is the answer. Units
-are files of their own: an interrupted cache goes on where it stopped, and two jobs share what they have in common.
+are files of their own: an interrupted cache goes on where it stopped, and two jobs share what they have in common. What was changed or
+damaged on disk since is noticed when it is read, and asked for again.
 """
 from __future__ import annotations
 
 import functools
 import hashlib
+import json
+import math
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from itertools import chain, cycle, islice
 from pathlib import Path
@@ -27,12 +32,13 @@ from ..prompts import PromptBank
 from ..teacher import Cond, Teacher, guided_pair
 from .job import MIN_UNITS, DistillJob
 
-VERSION = 3
+VERSION = 4
 STORED = torch.float16          # rounding 2**-11 of a latent: far below what a student gets wrong
 REUSE = 2                       # times a state is trained on: more teaches it by heart, fewer asks the teacher too much
 HELD_STATES = 96                # that the best weights are chosen by: half as many chose worse ones, by chance
 STATES_OF_PROMPT = 256          # at most: they take disk as well as time
 MOST_RENOISED = 0.75            # share up to which a unit holds more re-noised states for it; each takes a forward
+UNIT = "wanlite.unit"           # metadata of a unit: {"key": its own, "crc32": {tensor: [of each state]}}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +77,14 @@ class Batch:
         return Batch(**{name: None if column is None else column[part] for name, column in columns.items()})
 
 
+class Damaged(Exception):
+    """A unit that is not what was written: it has to be asked for again."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path.name)
+        self.path = path
+
+
 def seeded(*parts: object) -> torch.Generator:
     """A CPU generator that is a function of its arguments alone."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
@@ -104,22 +118,24 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
-def plan_units(job: DistillJob, prompts: PromptBank, latents: Tensor | None, most: int | None = None) -> list[Unit]:
+def plan_units(job: DistillJob, prompts: PromptBank, latents: Tensor | None, most: int | None = None, first: int | None = None) -> list[Unit]:
     """The units of a job, in order: every prompt once, then those that are trained on again, with other noises.
 
     The first of them are the same however many there are: of four, one is held out, until all are that are to be. `most` limits them to
-    what a time budget allows (two at least).
+    what a time budget allows (two at least). first: how many there were before the run was given more: those that were held out then are,
+    and no others.
     """
     items = len(prompts) if latents is None else len(latents)
     count = _wanted(job, items)
     count = count if most is None else max(2, min(count, most))
+    first = count if first is None else first
     held = prompts.held_out
     again = [item for item in range(items) if item not in held]
     once = [*chain.from_iterable((item, *again[3 * k:3 * k + 3]) for k, item in enumerate(held)), *again[3 * len(held):]]
-    noises = range(count - max(1, count // 8), count)           # held out where no prompt is
+    noises = range(first - max(1, first // 8), first)           # held out where no prompt is
     key_of = _keys(job, prompts, latents)
     return [Unit(index=index, prompt=_prompt_of(item, prompts), item=item, held=item in held if held else index in noises, key=key_of(index, item))
-            for index, item in enumerate(islice(chain(once, cycle(again)), count))]
+            for index, item in enumerate(islice(chain(once, cycle(again)), count)) if index < first or item not in held]
 
 
 def _wanted(job: DistillJob, items: int) -> int:
@@ -167,8 +183,8 @@ class TeacherCache:
         try:
             with safe_open(self.path(unit), "pt") as stored:
                 whole = stored.get_slice("sigma").get_shape() == [sum(state_counts(self.job)) + self.job.trajectory]
-                return whole and (stored.metadata() or {}).get("wanlite.unit") == unit.key
-        except (OSError, SafetensorError):
+                return whole and json.loads(stored.metadata()[UNIT])["key"] == unit.key
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return False
 
     def affordable(self, most: int) -> int:
@@ -181,14 +197,27 @@ class TeacherCache:
             count += 1
         return max(2, count)
 
+    @property
+    def missing_bytes(self) -> int:
+        """That the units which are not there yet take on disk."""
+        path, renoised = state_counts(self.job)
+        answers = 0 if self.job.trajectory else 2 if self.job.guided else 1             # beside the state itself
+        each = (path + renoised + self.job.trajectory) * (1 + answers) * math.prod(self.job.shape) * STORED.itemsize
+        return each * sum(not self.intact(unit) for unit in self.units)
+
     def groups(self) -> list[tuple[Unit, ...]]:
         """Units that go through the teacher together; the grouping is fixed, so a resumed cache is the same cache."""
         size = max(1, TOKENS_AT_ONCE // tokens(self.job.shape))
         return [self.units[i:i + size] for i in range(0, len(self.units), size)]
 
-    def fill(self, teacher: Teacher, prompts: PromptBank, latents: Tensor | None) -> Iterator[tuple[int, int]]:
-        """Asks the teacher for what is missing. Yields (forwards done, forwards in all) after each."""
-        groups, each = self.groups(), sum(state_counts(self.job))
+    @property
+    def needed(self) -> TeacherCache:
+        """What has to be asked for. Distribution matching learns from none of it and is measured on what is held out, which is little."""
+        return TeacherCache(self.root, self.job, self.held) if self.job.matching else self
+
+    def fill(self, teacher: Teacher, prompts: PromptBank, latents: Tensor | None, shard: tuple[int, int] = (0, 1)) -> Iterator[tuple[int, int]]:
+        """Asks the teacher for what is missing. Yields (forwards done, forwards in all) after each. shard: (i, n): every n-th group from the i-th on."""
+        groups, each = self.groups()[shard[0]::shard[1]], sum(state_counts(self.job))
         for number, group in enumerate(groups):
             missing = [unit for unit in group if not self.intact(unit)]
             if missing:
@@ -207,7 +236,20 @@ class TeacherCache:
             if not torch.isfinite(tensor).all():
                 raise WanLiteError(f"The teacher's answer for prompt {unit.prompt + 1} is not finite ({name}).", "",
                                    "Check that the teacher samples a picture in a stock graph with the same cfg and shift.")
-        replace_file(self.path(unit), lambda path: save_file(tensors, path, metadata={"wanlite.unit": unit.key}))
+        told = {"key": unit.key, "crc32": {name: [_checksum(row) for row in tensor] for name, tensor in tensors.items()}}
+        replace_file(self.path(unit), lambda path: save_file(tensors, path, metadata={UNIT: json.dumps(told)}))
+
+    def _read(self, unit: Unit, *rows: int, names: Sequence[str] = ()) -> list[dict[str, Tensor]]:
+        """Rows of some of the unit's tensors (of all without names), [1, ...] each, in float32. Raises Damaged when it is not as it was written."""
+        try:
+            with safe_open(self.path(unit), "pt") as stored:
+                told = json.loads(stored.metadata()[UNIT])
+                found = [{name: stored.get_slice(name)[k:k + 1] for name in names or stored.keys()} for k in rows]
+            if told["key"] != unit.key or any(_checksum(value[0]) != told["crc32"][name][k] for k, row in zip(rows, found) for name, value in row.items()):
+                raise Damaged(self.path(unit))
+        except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError) as error:
+            raise Damaged(self.path(unit)) from error
+        return [{name: value.float() for name, value in row.items()} for row in found]
 
     def batch(self, step: int) -> Batch:
         """The training batch of one step: a function of (train_seed, step, place in the batch) alone."""
@@ -248,13 +290,9 @@ class TeacherCache:
 
     def _piece(self, unit: Unit, k: int, rolled: int = 0) -> dict[str, Tensor]:
         """The step from point k of the path to the student's next point; `rolled` starts it at the noise: see Batch."""
-        after = (k // self.job.substeps + 1) * self.job.substeps
-        with safe_open(self.path(unit), "pt") as stored:
-            sigma, points = stored.get_tensor("sigma"), stored.get_slice("x")
-            x, goal = points[k:k + 1].float(), points[after:after + 1].float()
-            noise = points[:1].float()
-        here, following = sigma[k:k + 1], sigma[after:after + 1]
-        return {"x": noise if rolled else x, "sigma": here, "v_pos": (goal - x) / (following - here), "goal": goal, "following": following,
+        noise, start, end = self._read(unit, 0, k, (k // self.job.substeps + 1) * self.job.substeps)
+        average = (end["x"] - start["x"]) / (end["sigma"] - start["sigma"])
+        return {"x": noise["x"] if rolled else start["x"], "sigma": start["sigma"], "v_pos": average, "goal": end["x"], "following": end["sigma"],
                 "rolled": torch.tensor([rolled])}
 
     def held_out(self, most: int = HELD_STATES) -> Batch:
@@ -263,10 +301,11 @@ class TeacherCache:
             rows = [(unit, turn * self.job.substeps) for turn in range(self.job.student_steps) for unit in self.held]
             rows = rows[::-(-len(rows) // most)]
             return _collate([self._piece(unit, k) for unit, k in rows], [unit for unit, _ in rows])
+        by_index = {unit.index: unit for unit in self.held}
         rows = sorted((sigma, unit.index, k) for unit in self.held for k, sigma in enumerate(self._sigmas(unit)))
         count = min(most, len(rows))
         chosen = [rows[int((i + 0.5) * len(rows) / count)] for i in range(count)]
-        units = [self.units[index] for _, index, _ in chosen]
+        units = [by_index[index] for _, index, _ in chosen]
         return _collate([self._state(unit, k) for unit, (_, _, k) in zip(units, chosen)], units)
 
     def held_out_paths(self) -> Batch:
@@ -274,19 +313,36 @@ class TeacherCache:
         last = self.job.path_steps
         states = []
         for unit in self.held:
-            first = self._piece(unit, 0)
-            with safe_open(self.path(unit), "pt") as stored:
-                end = stored.get_slice("x")[last:last + 1].float()
-            states.append({**first, "goal": end, "following": torch.zeros(1), "v_pos": first["x"] - end})
+            first, (end,) = self._piece(unit, 0), self._read(unit, last)
+            states.append({**first, "goal": end["x"], "following": torch.zeros(1), "v_pos": first["x"] - end["x"]})
         return _collate(states, self.held)
 
     def _sigmas(self, unit: Unit) -> list[float]:
-        with safe_open(self.path(unit), "pt") as stored:
-            return stored.get_tensor("sigma").tolist()
+        return [float(row["sigma"]) for row in self._read(unit, *range(sum(state_counts(self.job))), names=["sigma"])]
 
     def _state(self, unit: Unit, k: int) -> dict[str, Tensor]:
-        with safe_open(self.path(unit), "pt") as stored:
-            return {name: stored.get_slice(name)[k:k + 1].float() for name in stored.keys()}
+        return self._read(unit, k)[0]
+
+
+class Ahead:
+    """Batches by step, the next of which is read while this one is trained on. To be closed."""
+
+    def __init__(self, batch_of: Callable[[int], Batch]) -> None:
+        self._batch_of, self._reader, self._next = batch_of, ThreadPoolExecutor(1), (-1, Future())
+
+    def __call__(self, step: int) -> Batch:
+        """Raises what `batch_of` raises, Damaged for instance."""
+        (expected, reading), self._next = self._next, (-1, Future())           # what was damaged is read anew
+        batch = reading.result() if step == expected else self._batch_of(step)
+        self._next = step + 1, self._reader.submit(self._batch_of, step + 1)
+        return batch
+
+    def close(self) -> None:
+        self._reader.shutdown(cancel_futures=True)
+
+
+def _checksum(row: Tensor) -> int:
+    return zlib.crc32(row.contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def state_counts(job: DistillJob) -> tuple[int, int]:

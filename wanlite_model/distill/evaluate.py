@@ -52,13 +52,18 @@ def guided_student_velocity(student: WanLiteStudent, x: Tensor, sigma: Tensor, p
     return flow.guided(student_velocity(student, x, sigma, prompts.negative_cond(len(x)).context), v_pos, job.student_cfg)
 
 
+def at_once(job: DistillJob) -> int:
+    """States that share a forward."""
+    return max(1, TOKENS_AT_ONCE // tokens(job.shape) // 2)
+
+
 def evaluate(student: WanLiteStudent, held: Batch, prompts: PromptBank, job: DistillJob, paths: Batch | None = None
              ) -> Generator[tuple[int, int], None, Held]:
     """Yields (states done, states in all) after each forward; returns Held. The student is left in the mode it was in.
 
     held: states and what the teacher answers there. paths: noises and the ends of the teacher's paths from them, for trajectory KD.
     """
-    size = max(1, TOKENS_AT_ONCE // tokens(job.shape) // 2)
+    size = at_once(job)
     total = len(held.x) + (0 if paths is None else len(paths.x) * job.student_steps)
     errors, scales, gaps = [], [], []
     for start in range(0, len(held.x), size):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..compress.handle import StudentHandle
+from .budget import Budget
 from .evaluate import Held
 
 
@@ -15,6 +16,13 @@ class Stage:
     name: str
     done: int
     total: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Planned:
+    """What the job will take and what is done so that it fits; once before its first step, and again when that turned out not to fit."""
+    budget: Budget
+    told: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,4 +73,4 @@ class Finished:
     yardstick: str
 
 
-Event = Stage | Step | Eval | Sample | Saved | Finished
+Event = Stage | Planned | Step | Eval | Sample | Saved | Finished

@@ -21,7 +21,7 @@ from .events import Finished
 from .job import DistillJob
 
 
-PLAIN_CUT = "plain cut of the same size"
+PLAIN_CUT, UNGUIDED = "plain cut of the same size", "teacher without guidance"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,19 +36,19 @@ class Measured:
     yardstick: str = PLAIN_CUT
 
 
-def write_finished(job: DistillJob, files: RunFolder, start: StudentHandle, teacher: Teacher, state: TrainState, planned: int,
+def write_finished(job: DistillJob, files: RunFolder, start: StudentHandle, teacher: Teacher, state: TrainState, planned: int, asked: int,
                    cache: TeacherCache, prompts: PromptBank, measured: Measured) -> Finished:
-    """Writes the best student into the run folder and notes the end, so that the same job returns at once."""
+    """Writes the best student into the run folder and notes the end, so that the same job returns at once. asked: steps that were asked for."""
     card = _card(job, start, teacher, measured, state)
-    best = files.load_best()
+    best, student, lora = files.load_best(), files.student(state.step), files.lora(state.step)
     if state.adapters is None:
-        write_student(files.student, config=start.config, tensors=best.items(), card=card, overwrite=True)
-        handle = replace(start, folder=str(files.student), loras=(), same_as="", fingerprint=fingerprint_tensors(best.items()), card=card)
+        write_student(student, config=start.config, tensors=best.items(), card=card, overwrite=True)
+        handle = replace(start, folder=str(student), loras=(), same_as="", fingerprint=fingerprint_tensors(best.items()), card=card)
     else:
-        write_lora(files.lora, Lora(factors=state.adapters.factors(best), diffs=state.adapters.diffs), card=card)
+        write_lora(lora, Lora(factors=state.adapters.factors(best), diffs=state.adapters.diffs), card=card)
         before = () if job.matching else start.loras        # it took the LoRA's place
-        handle = replace(start, loras=(*before, str(files.lora)), fingerprint=fingerprint_tensors(best.items(), start.fingerprint), card=card)
-    files.note("finished", {"handle": handle.to_json(), "report": _report(job, measured, state, planned, cache, prompts),
+        handle = replace(start, loras=(*before, str(lora)), fingerprint=fingerprint_tensors(best.items(), start.fingerprint), card=card)
+    files.note("finished", {"handle": handle.to_json(), "report": _report(job, measured, state, planned, cache, prompts), "step": state.step, "asked": asked,
                             "plain_cut": measured.plain.error, "yardstick": measured.yardstick})
     return finished_from_disk(files)
 
@@ -56,10 +56,12 @@ def write_finished(job: DistillJob, files: RunFolder, start: StudentHandle, teac
 def finished_from_disk(files: RunFolder) -> Finished | None:
     """What the run ended with, or None while it has not."""
     noted = files.noted("finished")
-    if noted is None or not (files.student.exists() or files.lora.exists()):
+    if noted is None:
         return None
-    told = noted["handle"]
-    moved = {"loras": [*told["loras"][:-1], str(files.lora)]} if files.lora.exists() else {"folder": str(files.student)}
+    told, student, lora = noted["handle"], files.student(noted["step"]), files.lora(noted["step"])
+    if not (student.exists() or lora.exists()):
+        return None
+    moved = {"loras": [*told["loras"][:-1], str(lora)]} if lora.exists() else {"folder": str(student)}
     return Finished(handle=StudentHandle.from_json({**told, **moved}), report=noted["report"],
                     losses=tuple(row["loss"] for row in files.rows("step")), plain_cut=noted["plain_cut"], yardstick=noted["yardstick"],
                     evaluations=tuple((row["step"], row["error"]) for row in files.rows("eval")))

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from ..errors import WanLiteError
+from .levers import LeverSettings
 
 Objective = Literal["velocity", "velocity + features", "trajectory", "distribution"]
 OBJECTIVES: tuple[Objective, ...] = ("velocity", "velocity + features", "trajectory", "distribution")
@@ -73,7 +74,7 @@ class DistillJob:
     shift: the deployment shift.
     cfg: the teacher's guidance scale; with `fold_guidance` it is folded into the student, which then runs at cfg 1.
     sigmas: the path of the teacher's rollouts from 1 to 0; None is the `simple` schedule.
-    steps: of the optimizer; 0 lets `minutes` (of the whole job) decide.
+    steps: of the optimizer; 0 lets `minutes` (of the whole job) decide. With minutes 0 a run is only prepared.
     """
     student: str
     teacher: str
@@ -89,9 +90,10 @@ class DistillJob:
     minutes: float = 30.0
     train_seed: int = 0
     recipe: Recipe = field(default_factory=Recipe)
+    levers: LeverSettings = field(default_factory=LeverSettings)
 
     def __post_init__(self) -> None:
-        _check_ranges(self, {"cfg": (1, 100), "steps": (0, 10_000_000), "minutes": (0.1, 1e6), "shift": (0.01, 1000)})
+        _check_ranges(self, {"cfg": (1, 100), "steps": (0, 10_000_000), "minutes": (0, 1e6), "shift": (0.01, 1000)})
         if self.trajectory and self.latents:
             raise WanLiteError(f"The LATENT holds clips, and the objective is '{self.recipe.objective}'.", "A few-step student learns from the teacher's own clips.",
                                "Connect an empty LATENT of that size.")
@@ -167,15 +169,14 @@ class DistillJob:
             raise WanLiteError("The run's job.json was written by another version of WanLite.", "", "Type a new run name.")
         sigmas = value["sigmas"]
         return cls(**{**value, "shape": tuple(value["shape"]), "sigmas": None if sigmas is None else tuple(sigmas),
-                      "recipe": Recipe(**value["recipe"])})
+                      "recipe": Recipe(**value["recipe"]), "levers": LeverSettings(**value["levers"])})
 
 
 def differences(old: DistillJob, new: DistillJob) -> list[str]:
-    """'name=old, not new' for each value that decides the weights and differs."""
+    """'name=old, not new' for each value that decides the weights after a step, and differs."""
     before, after = _flat(old.to_json()), _flat(new.to_json())
-    idle = {"recipe.save_every"}                # changes what a run shows, not what it becomes
-    if old.steps and new.steps:
-        idle.add("minutes")
+    # How long it is and what it shows: a run is gone on with, ended earlier or given another leg (see legs.py).
+    idle = {"steps", "minutes", "recipe.evaluations", "recipe.save_every", *(name for name in before if name.startswith("levers."))}
     if not old.trajectory and not new.trajectory:
         idle.add("recipe.student_steps")
     if old.recipe.rank and new.recipe.rank:
@@ -188,8 +189,8 @@ def differences(old: DistillJob, new: DistillJob) -> list[str]:
 
 
 def _flat(value: Mapping[str, Any]) -> dict[str, Any]:
-    recipe = {f"recipe.{name}": item for name, item in value["recipe"].items()}
-    return {**{name: item for name, item in value.items() if name != "recipe"}, **recipe}
+    parts = {name: {f"{name}.{inner}": item for inner, item in value[name].items()} for name in ("recipe", "levers")}
+    return {**{name: item for name, item in value.items() if name not in parts}, **parts["recipe"], **parts["levers"]}
 
 
 def _check_ranges(value: Any, ranges: Mapping[str, tuple[float, float]]) -> None:

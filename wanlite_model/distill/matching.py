@@ -10,7 +10,7 @@ Student, critic and teacher are one copy of the weights: the first two are adapt
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +43,7 @@ class Clips:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Matching:
-    """The losses of a step. critic: adapters over the student's module, switched on only while they are asked. at_once: tokens of a pass."""
+    """The gradients of a step. critic: adapters over the student's module, switched on only while they are asked. at_once: tokens of a pass."""
     job: DistillJob
     state: TrainState
     critic: Adapters
@@ -52,13 +52,14 @@ class Matching:
     cache: TeacherCache
     at_once: int
 
-    def backward(self, step: int) -> Iterator[Tensor]:
-        """The gradients of each of the critic's updates, then the student's: yields the loss of each, and the caller moves the weights.
+    def gradients(self, step: int, total: int) -> Iterator[Tensor | None]:
+        """Those of each of the critic's updates, then the student's: yields the loss of each, and the caller moves the weights; None on the way,
+        where a consumer may stop as long as no weight has moved. `total` steps change nothing in it.
 
         All are about the same clips, drawn by (train_seed, step), noised anew for each.
         """
         draw = seeded(self.job.train_seed, "clips", step)
-        clips, sigmas = self._clips(draw), student_sigmas(self.job)
+        clips, sigmas = (yield from self._clips(draw)), student_sigmas(self.job)
         for _ in range(CRITIC_UPDATES):
             with self.state.adapters.switched(False), self.critic.switched(True):
                 loss = self._summed(clips, lambda part: self._critic_loss(part, draw))
@@ -67,12 +68,15 @@ class Matching:
         turn = int(torch.multinomial(sigmas.diff().abs(), 1, generator=draw))
         yield self._summed(clips, lambda part: self._student_loss(part, sigmas[turn], turn, draw))
 
-    def _clips(self, draw: torch.Generator) -> Clips:
+    def _clips(self, draw: torch.Generator) -> Generator[None, None, Clips]:
         size, known = self.job.recipe.batch_size, self.cache.train
         which = tuple(known[i].prompt for i in torch.randint(len(known), (size,), generator=draw).tolist())
-        noise = torch.randn(size, *self.job.shape, generator=draw)
-        walks = [list(roll(self.state.student, part, student_sigmas(self.job), self.prompts, of, self.job))
-                 for part, of in zip(noise.split(self._size), (which[i:i + self._size] for i in range(0, size, self._size)))]
+        noise, walks = torch.randn(size, *self.job.shape, generator=draw), []
+        for part, of in zip(noise.split(self._size), (which[i:i + self._size] for i in range(0, size, self._size))):
+            walks.append([])
+            for x in roll(self.state.student, part, student_sigmas(self.job), self.prompts, of, self.job):
+                walks[-1].append(x)
+                yield None
         return Clips(visited=(noise, *map(torch.cat, zip(*walks))), prompts=which)
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .eightbit import AdamW8, packed, unpacked
 from .job import Recipe
 
 MOMENTUM = 0.95
@@ -16,13 +17,35 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)       # of x, x^3 and x^5
 STACKED = 1 << 24                               # numbers of equal matrices that are made orthogonal together
 
 
-def make_optimizer(trained: Mapping[str, nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
-    """The weights are fp32 and are the master weights; half precision exists only inside autocast. Adapters always take AdamW."""
-    matrices = [value for name, value in trained.items() if name.startswith("blocks.") and value.ndim == 2]
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether it is one of the blocks' matrices, which is where a WAN's size is."""
+    return name.startswith("blocks.") and parameter.ndim == 2
+
+
+def make_optimizer(trained: Mapping[str, nn.Parameter], recipe: Recipe, in_8bit: bool = False, seed: int = 0) -> torch.optim.Optimizer:
+    """Where the weights are fp32 they are the master weights; half precision then exists only inside autocast. Adapters always take AdamW.
+
+    in_8bit: AdamW with moments of 8 bits, in place of Muon too; seed: of its rounding.
+    """
+    matrices = [value for name, value in trained.items() if is_matrix(name, value)]
+    if in_8bit:
+        return AdamW8(trained.values(), recipe.learning_rate, recipe.weight_decay, seed)
     settings = {"lr": recipe.learning_rate, "betas": (0.9, 0.99), "weight_decay": recipe.weight_decay, "foreach": True}
     if recipe.optimizer == "AdamW" or recipe.rank:
         return torch.optim.AdamW(trained.values(), **settings)
     return Muon(matrices, trained.values(), **settings)
+
+
+def adapted(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, moments: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What another optimizer kept of a parameter, as this one keeps it: a run can go on with less memory, or with more. Muon's, which lacks a half,
+    begins anew.
+    """
+    if isinstance(optimizer, AdamW8):
+        return packed(moments) if {"exp_avg", "exp_avg_sq"} <= moments.keys() else moments if "first" in moments else {}
+    moments = unpacked(moments) if "first" in moments else moments
+    if isinstance(optimizer, Muon) and parameter in optimizer.matrices:
+        return {key: value for key, value in moments.items() if key != "exp_avg_sq"}
+    return moments
 
 
 class Muon(torch.optim.AdamW):
@@ -34,11 +57,11 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, matrices: Sequence[nn.Parameter], trained: Iterable[nn.Parameter], **adamw: Any) -> None:
         super().__init__(trained, **adamw)
-        self._matrices = matrices
+        self._in_order, self.matrices = matrices, set(matrices)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        gradients = {matrix: matrix.grad for matrix in self._matrices if matrix.grad is not None}
+        gradients = {matrix: matrix.grad for matrix in self._in_order if matrix.grad is not None}
         for matrix in gradients:
             matrix.grad = None          # AdamW passes over what has none
         super().step(closure)
@@ -90,27 +113,42 @@ def lr_at(step: int, total: int, recipe: Recipe) -> float:
 
 
 class WeightAverage:
-    """Exponential moving average of what is trained; it follows quickly at first, so that a short job is not held back."""
+    """Exponential moving average of what is trained, in fp32; it follows quickly at first, so that a short job is not held back."""
 
-    def __init__(self, trained: Mapping[str, nn.Parameter], decay: float) -> None:
+    def __init__(self, trained: Mapping[str, nn.Parameter], decay: float, device: torch.device | None = None) -> None:
+        """device: where it lies; None is where the weights are."""
         self.trained, self.decay = trained, decay
-        self.values = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        self.values = {name: parameter.detach().to(device or parameter.device, torch.float32, copy=True) for name, parameter in trained.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.values.values()), [p.detach() for p in self.trained.values()], 1 - decay)
+        if self._apart:
+            for name, parameter in self.trained.items():        # one at a time is on its way
+                self.values[name].lerp_(parameter.detach().to(self.values[name]), 1 - decay)
+        else:
+            torch._foreach_lerp_(list(self.values.values()), [p.detach() for p in self.trained.values()], 1 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the network computes with the average. No copy: the two exchange their storage."""
+        """Inside, the network computes with the average. No copy where they lie together: the two exchange their storage."""
         self._exchange()
         try:
             yield
         finally:
             self._exchange()
 
+    @property
+    def _apart(self) -> bool:
+        return any(value.device != self.trained[name].device or value.dtype != self.trained[name].dtype for name, value in self.values.items())
+
     def _exchange(self) -> None:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
+            apart = self._apart
             for name, parameter in self.trained.items():
-                self.values[name], parameter.data = parameter.data, self.values[name]
+                if apart:
+                    kept = parameter.data.to(self.values[name].device, copy=True)
+                    parameter.data.copy_(self.values[name])
+                    self.values[name] = kept
+                else:
+                    self.values[name], parameter.data = parameter.data, self.values[name]

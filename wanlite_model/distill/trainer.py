@@ -5,13 +5,14 @@ Close it to stop (everything finished so far is kept, and the same job goes on f
 """
 from __future__ import annotations
 
-import functools
+import gc
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,28 +20,33 @@ from torch.nn.utils import clip_grad_norm_
 
 from ..compress.apply import plain_cut
 from ..compress.handle import StudentHandle
-from ..compress.importance import tokens
 from ..errors import WanLiteError
 from ..formats.lora import Lora
 from ..prompts import PromptBank
-from ..teacher import Cond, Teacher, fingerprint_tensors, guided_pair, pad_together
-from . import objectives
+from ..teacher import AbsentTeacher, Teacher, fingerprint_tensors
+from . import inputs
 from .begin import few_step_lora, fresh_state, online_teacher
-from .checkpoint import RunFolder, TrainState
-from .data import Batch, TeacherCache, check_latents, plan_units, seeded, student_sigmas
-from .evaluate import Held, evaluate, roll, student_velocity
-from .events import Eval, Event, Sample, Saved, Stage, Step
-from .finish import PLAIN_CUT, Measured, finished_from_disk, unasked, write_finished
+from .budget import Budget, Machine, capped, check_disk, plan, this_machine
+from .checkpoint import RunFolder, TrainState, size_of
+from .data import Ahead, Damaged, TeacherCache, check_latents, plan_units, seeded, student_sigmas
+from .evaluate import Held, evaluate, roll
+from .events import Eval, Event, Planned, Sample, Saved, Stage, Step
+from .finish import PLAIN_CUT, UNGUIDED, Measured, finished_from_disk, unasked, write_finished
+from .frozen import places
+from .inputs import Inputs
 from .job import DistillJob
+from .learner import TOKENS_A_PASS, Learner
+from .legs import LEAST_STEPS, Course, Speed, wanted_steps
+from .levers import Levers
 from .matching import Matching
-from .optim import lr_at
+from .modes import trains
+from .objectives import feature_pairs
 
 log = logging.getLogger(__name__)
+Read = TypeVar("Read")
 
 CACHE_SHARE = 0.4               # of a job's minutes may go into asking the teacher
-TOKENS_A_PASS = 8192            # of a batch that go through the student at once; more are accumulated
 TIMED_STEPS = 3
-LEAST_STEPS = 10                # of a job that has minutes, however few they are
 
 
 def lora_fingerprint(lora: Lora) -> str:
@@ -48,25 +54,24 @@ def lora_fingerprint(lora: Lora) -> str:
     return fingerprint_tensors(lora.tensors())
 
 
-def trains(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For functions that make or change weights: ComfyUI runs nodes in inference mode, whose tensors can never be trained."""
-    @functools.wraps(function)
-    def outside(*args: Any, **kwargs: Any) -> Any:
-        with torch.inference_mode(False), torch.enable_grad():
-            return function(*args, **kwargs)
-    return outside
-
-
 def run(job: DistillJob, folder: Path, cache_root: Path, teacher: Teacher, student: StudentHandle, prompts: PromptBank,
         latents: Tensor | None = None, should_finish: Callable[[], bool] = lambda: False, samples: bool = False,
-        start_from: Lora | None = None) -> Iterator[Event]:
+        start_from: Lora | None = None, machine: Machine | None = None) -> Iterator[Event]:
     """Distils `student` from `teacher` into the run folder; teacher answers are kept under `cache_root`.
 
     latents [N, C, T, H, W] in processed space are optional training data. samples: draw one at each evaluation. start_from: a LoRA over
-    the student that training begins with: its factors where adapters are trained, else it is merged first. Ends with Finished.
-    Raises WanLiteError when the job cannot start, when the folder is another job's, or when the loss is not finite.
+    the student that training begins with: its factors where adapters are trained, else it is merged first. machine: what it may take; None is
+    what is free here, or what the job's settings say. Ends with Finished. Raises WanLiteError when the job cannot start, does not fit, or when
+    the folder is another job's, and when the loss is not finite.
     """
-    return Run(job, RunFolder(folder), cache_root, teacher, student, prompts, latents, should_finish, samples, start_from).events()
+    return Run(job, RunFolder(folder), cache_root, teacher, student, prompts, latents, should_finish, samples, start_from, machine).events()
+
+
+def fill(job: DistillJob, cache_root: Path, teacher: Teacher, parts: Inputs, shard: tuple[int, int] = (0, 1)) -> Iterator[Stage]:
+    """Asks the teacher all that a job with a number of steps asks it, or one part of n: shard (i, n)."""
+    whole = TeacherCache(cache_root, job, plan_units(job, parts.prompts, parts.latents))
+    for done, total in whole.needed.fill(teacher, parts.prompts, parts.latents, shard):
+        yield Stage(name="asking the teacher", done=done, total=total)
 
 
 @dataclass
@@ -82,43 +87,85 @@ class Run:
     should_finish: Callable[[], bool]
     samples: bool
     start_from: Lora | None = None
+    machine: Machine | None = None
 
     def events(self) -> Iterator[Event]:
         self._check()
         self.began, self.whole = time.monotonic(), True         # whole: the state is that after a step, not in one
-        features = self.job.recipe.objective == "velocity + features"
-        self.pairs = objectives.feature_pairs(self.handle.plan.keep, self.teacher.config.num_layers) if features else []
-        with self.files.opened(self.job, {"teacher": self.teacher.name, "prompts": len(self.prompts)}):
-            if (ended := finished_from_disk(self.files)) is not None:
+        with self.files.opened(self.job):
+            inputs.keep(self.files, Inputs(student=self.handle, prompts=self.prompts, latents=self.latents, start_from=self.start_from), self.teacher,
+                        self.cache_root)
+            if (ended := self._finished()) is not None:
                 yield ended
                 return
             try:
                 yield from self._work()
-            except torch.cuda.OutOfMemoryError as error:
-                kept = "last step" if self.whole else "last checkpoint"
-                raise WanLiteError("This job does not fit into this card's memory.", f"Everything up to the {kept} is kept.",
-                                   "Type a new run name, and lower batch_size, the frames or the size of the LATENT, or keep fewer blocks.") from error
+            except OSError as error:
+                raise WanLiteError(f"Run {self.files.path.name!r} could not be written or read ({error}).", "What was saved before is intact.",
+                                   "Free disk space, or see to the drive it is on, and queue the same again: it goes on from there.") from error
 
     def _work(self) -> Iterator[Event]:
+        self.course = self._course()
+        self.budget = self._budget()
+        yield Planned(budget=self.budget, told=self.budget.told())
         self.cache = yield from self._fill_cache()
-        self.held = self.cache.held_out()
-        self.paths = self.cache.held_out_paths() if self.job.trajectory else None
+        self.held, self.paths = yield from self._read(lambda: (self.cache.held_out(), self.cache.held_out_paths() if self.job.trajectory else None))
+        self.teacher.release()
+        while not (yield from self._fits()):
+            self.budget = replace(self.budget, rungs=self.budget.rungs[1:], peaks=None)
+            told = f"The job did not fit into memory. It goes on from its last saved step, with: {self.budget.rungs[0].told()}."
+            log.warning("WanLite: %s", told)
+            yield Planned(budget=self.budget, told=told)
+
+    def _budget(self) -> Budget:
+        """What is done to save memory, and what the run takes. Raises WanLiteError when it cannot fit."""
+        device, noted = self.teacher.device, self.files.noted("levers")
+        machine = self.machine or this_machine(device, self.files.path, self.cache_root, self.job.levers)
+        lora = few_step_lora(self.job, self.handle, self.teacher, self.start_from) if self.job.matching else self.start_from
+        budget = plan(self.job, self.handle.config, machine, device, self.prompts, lora, None if noted is None else Levers(**noted))
+        kept = sum(file.stat().st_size for file in (self.files.checkpoint, self.files.best) if file.exists())
+        check_disk(budget.run - kept, machine.run_disk, self.files.path, "This run")
+        return budget
+
+    def _fits(self) -> Generator[Event, None, bool]:
+        """The job, to its end; False when the device ran out of memory. What was not saved then is lost, and nothing is left on the device."""
+        levers = self.budget.rungs[0]
+        self.files.note("levers", asdict(levers))
+        try:
+            with capped(self.teacher.device, self.budget.machine):
+                yield from self._train_with(levers)
+            return True
+        except torch.cuda.OutOfMemoryError as error:
+            if len(self.budget.rungs) == 1:
+                raise WanLiteError("This job does not fit into this card's memory, whatever is done to save some.",
+                                   f"Everything up to the {'last step' if self.whole else 'last checkpoint'} is kept.",
+                                   "Type a new run name, and lower the frames or the size of the LATENT, or keep fewer blocks.") from error
+        self.state = self.online = self.learner = None
+        self.whole = True
+        gc.collect()
+        if self.teacher.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return False
+
+    def _train_with(self, levers: Levers) -> Iterator[Event]:
         yield Stage(name="loading the student", done=0, total=1)
-        self.state = self._fresh_state()
+        self.state = self._fresh_state(levers)
         self.online = online_teacher(self.job, self.handle, self.teacher, self.state)
-        self.matching = None if self.state.critic is None else Matching(
-            job=self.job, state=self.state, critic=self.state.critic, teacher=self.online, prompts=self.prompts, cache=self.cache, at_once=TOKENS_A_PASS)
-        self.plain, self.start = yield from self._baseline()
-        resumed = self._restore()
-        self.steps, self.every = yield from self._plan()
-        if not resumed:
-            self._keep_if_best(self.start.error)
-        yield from self._train()
+        with closing(Ahead(self.cache.batch)) as batches:
+            self.learner = self._learner(batches)
+            self.plain, self.start, self.yardstick = yield from self._baseline()
+            resumed = self._restore()
+            if self.course is None:
+                self.course = yield from self._begin_course()
+            self.last = self._last()
+            if not resumed:
+                self._keep_if_best(self.start.error)
+            yield from self._train()
         yield from self._load(self.state.trained, self.files.load_best().items(), "loading the best")
         handed_out = yield from self._evaluate("evaluating what is handed out")
         yield Stage(name="writing the student", done=0, total=1)
-        yield write_finished(self.job, self.files, self.handle, self.teacher, self.state, self.steps, self.cache, self.prompts,
-                             Measured(best=handed_out, start=self.start, plain=self.plain, yardstick=self._yardstick()))
+        yield write_finished(self.job, self.files, self.handle, self.teacher, self.state, self.course.total, self._wanted(self.course), self.cache,
+                             self.prompts, Measured(best=handed_out, start=self.start, plain=self.plain, yardstick=self.yardstick))
 
     def _check(self) -> None:
         check_latents(self.latents, self.prompts)
@@ -150,47 +197,129 @@ class Run:
 
     def _knows_it_all(self) -> bool:
         """Whether the student is its teacher and is asked for what that does itself: no guidance to fold in, no steps to save."""
-        itself = self.handle.same_as == self.teacher.fingerprint and not self.handle.loras and not self.start_from
-        return itself and not (self.job.guided and self.job.fold_guidance) and self.job.substeps == 1 and not self.job.matching
+        return self._untouched() and not self.start_from and not (self.job.guided and self.job.fold_guidance) and self.job.substeps == 1 and not self.job.matching
 
     def _is_cut(self) -> bool:
         """Whether the student can have been cut from this teacher; any other WAN of the same latents can learn from it too."""
         ours, its = self.handle.config, self.teacher.config
         return ours.dim == its.dim and max(self.handle.plan.keep) < its.num_layers and ours.ffn_dim <= its.ffn_dim
 
+    def _finished(self) -> Event | None:
+        """What the run ended with before, unless it is asked for more than it was then."""
+        ended = finished_from_disk(self.files)
+        noted = self.files.noted("finished")
+        if ended is None or self._wanted(self._noted_course()) > max(noted["asked"], noted["step"]):
+            return None
+        return ended
+
+    def _noted_course(self) -> Course | None:
+        noted = self.files.noted("legs")
+        return None if noted is None else Course.from_json(noted)
+
+    def _wanted(self, course: Course) -> int:
+        speed = self.files.noted("speed")
+        return wanted_steps(self.job, course, None if speed is None else Speed(**speed))
+
+    def _course(self) -> Course | None:
+        """The legs of this run, with another one where it is asked for more; None before the first session has come to its steps."""
+        course = self._noted_course()
+        if course is None or (wanted := self._wanted(course)) <= course.total:
+            return course
+        ended = self.files.noted("finished")
+        most = len(plan_units(replace(self.job, steps=wanted), self.prompts, self.latents))
+        course = course.extended(wanted, most, self.job.recipe.evaluations, None if ended is None else ended["step"])
+        self.files.note("legs", course.to_json())
+        return course
+
+    def _begin_course(self) -> Generator[Event, None, Course]:
+        """Steps and the interval between evaluations: once, before step 0, from the speed measured here and now."""
+        steps = self.job.steps
+        if steps == 0:
+            speed = yield from self._measured_speed()
+            steps = speed.steps(self.job.minutes)
+            self.files.note("speed", asdict(speed))
+        course = Course.begin(steps, len(self.cache.units), self.job.recipe.evaluations)
+        self.files.note("legs", course.to_json())
+        return course
+
+    def _last(self) -> int:
+        """The step to end at: an evaluation before the course's end, where less is asked for than the run was begun for."""
+        wanted = self._wanted(self.course)
+        last = self.course.total if wanted >= self.course.total else self.course.next_evaluation(max(wanted, self.state.step))
+        self.files.note("last", last)
+        return last
+
+    def _measured_speed(self) -> Generator[Event, None, Speed]:
+        seconds = []
+        for i in range(TIMED_STEPS):
+            begun = time.monotonic()
+            yield from self._trial(i)
+            seconds.append(time.monotonic() - begun)
+        self.state.optimizer.state.clear()              # as before step 0
+        begun = time.monotonic()
+        yield from self._evaluate("measuring the speed")
+        if self.samples:
+            yield from self._draw()
+        evaluating = (time.monotonic() - begun) * self.job.recipe.evaluations
+        return Speed(seconds=max(1e-6, sorted(seconds)[len(seconds) // 2]), before=self._seconds() + evaluating)
+
     def _fill_cache(self) -> Generator[Event, None, TeacherCache]:
-        """How many units the minutes allow is measured on the first group, and noted before the others are asked for.
-
-        Distribution matching learns from none of them and is measured on those held out: they are few, and all are asked for.
-        """
-        def cache(units: int | None) -> TeacherCache:
-            return TeacherCache(self.cache_root, self.job, plan_units(self.job, self.prompts, self.latents, units))
-
-        noted = self.files.noted("units")
-        if self.job.steps == 0 and noted is None and not self.job.matching:
-            whole = cache(None)
-            affordable = len(whole.units)
-            missing = next((group for group in whole.groups() if not all(map(whole.intact, group))), None)
-            if missing is not None:
-                begun = time.monotonic()
-                yield from self._ask(TeacherCache(self.cache_root, self.job, missing))
-                each = max(1e-3, (time.monotonic() - begun) / len(missing))
-                affordable = max(0, int((CACHE_SHARE * 60 * self.job.minutes - self._seconds()) / each))
-            noted = whole.affordable(affordable)
-            self.files.note("units", noted)
-        filled = cache(noted)
+        """How many units the minutes allow is measured on the first group, and noted before the others are asked for."""
+        first, now = (self.course.legs[0].units, self.course.legs[-1].units) if self.course else (self.files.noted("units"), None)
+        if first is None and self.job.steps == 0 and not self.job.matching:
+            first = yield from self._affordable()
+            self.files.note("units", first)
+        filled = self._cache(first if now is None else now, first)
         if told := unasked(filled, self.prompts):
             log.warning("WanLite: %s", told)
-        yield from self._ask(TeacherCache(self.cache_root, self.job, filled.held) if self.job.matching else filled)
+        check_disk(filled.needed.missing_bytes, self.budget.machine.cache_disk, self.cache_root, "What the teacher is still to be asked")
+        yield from self._ask(filled.needed)
         return filled
+
+    def _cache(self, most: int | None, first: int | None = None) -> TeacherCache:
+        job = self.job if most is None or first is None else replace(self.job, steps=0)         # then it is no longer the steps that decide how many
+        return TeacherCache(self.cache_root, self.job, plan_units(job, self.prompts, self.latents, most, first))
+
+    def _affordable(self) -> Generator[Event, None, int]:
+        """How many units the minutes allow, from the time that the first group of those that are missing takes."""
+        whole = self._cache(None)
+        affordable = len(whole.units)
+        missing = next((group for group in whole.groups() if not all(map(whole.intact, group))), None)
+        if missing is not None:
+            begun = time.monotonic()
+            yield from self._ask(TeacherCache(self.cache_root, self.job, missing))
+            each = max(1e-3, (time.monotonic() - begun) / len(missing))
+            affordable = max(0, int((CACHE_SHARE * 60 * self.job.minutes - self._seconds()) / each))
+        return whole.affordable(affordable)
 
     def _ask(self, cache: TeacherCache) -> Iterator[Stage]:
         for done, total in cache.fill(self.teacher, self.prompts, self.latents):
             yield Stage(name="asking the teacher", done=done, total=total)
 
+    def _read(self, read: Callable[[], Read]) -> Generator[Event, None, Read]:
+        """What `read` returns; units that turn out to be damaged are asked for again."""
+        while True:
+            try:
+                return read()
+            except Damaged as damaged:
+                yield from self._ask_again(damaged)
+
+    def _ask_again(self, damaged: Damaged) -> Iterator[Stage]:
+        log.warning("WanLite: the teacher's answers in %s are damaged and are asked for again.", damaged.path.name)
+        damaged.path.unlink(missing_ok=True)
+        yield from self._ask(self.cache.needed)
+
     @trains
-    def _fresh_state(self) -> TrainState:
-        return fresh_state(self.job, self.handle, self.teacher, self.start_from)
+    def _fresh_state(self, levers: Levers = Levers()) -> TrainState:
+        return fresh_state(self.job, self.handle, self.teacher, self.start_from, levers)
+
+    def _learner(self, batches: Ahead) -> Learner | Matching:
+        if self.state.critic is not None:
+            return Matching(job=self.job, state=self.state, critic=self.state.critic, teacher=self.online, prompts=self.prompts, cache=self.cache,
+                            at_once=TOKENS_A_PASS)
+        features = self.job.recipe.objective == "velocity + features"
+        return Learner(job=self.job, student=self.state.student, prompts=self.prompts, online=self.online, device=self.teacher.device, draw=batches,
+                       pairs=tuple(feature_pairs(self.handle.plan.keep, self.teacher.config.num_layers)) if features else ())
 
     @trains
     def _restore(self) -> bool:
@@ -199,34 +328,35 @@ class Run:
         self.files.forget_after(self.state.step)
         return resumed
 
-    def _baseline(self) -> Generator[Event, None, tuple[Held, Held]]:
-        """The held-out error of the plain cut (the same size, sliced, untrained) and of the start; computed once a run.
-
-        Where the start is the teacher itself they are one and the same, and a student that is no cut of its teacher has none: its start
-        stands for it.
-        """
+    def _baseline(self) -> Generator[Event, None, tuple[Held, Held, str]]:
+        """The held-out error of what the student is compared with, that of the start, and what the former is; computed once a run."""
         noted = self.files.noted("baseline")
         if noted is None:
             plain = start = yield from self._evaluate("evaluating the start")
-            untouched = self.handle.same_as == self.teacher.fingerprint and not self.handle.loras
-            if self._is_cut() and not self.start_from and not untouched and not self.job.matching:
+            yardstick = self._yardstick()
+            if yardstick in (PLAIN_CUT, UNGUIDED) and not self._untouched():
                 plain = yield from self._plain_cut()
-            noted = {"plain_cut": asdict(plain), "start": asdict(start)}
+            noted = {"plain_cut": asdict(plain), "start": asdict(start), "yardstick": yardstick}
             self.files.note("baseline", noted)
-        return _held(noted["plain_cut"]), _held(noted["start"])
+        return _held(noted["plain_cut"]), _held(noted["start"]), noted["yardstick"]
 
     def _yardstick(self) -> str:
+        """What the student is compared with: the plain cut (the same size, sliced, untrained), or its own start where there is no other or that is one."""
         if self.start_from or self.job.matching:
             return "LoRA as it was"
-        if not self._is_cut():
+        if not self._is_cut() or isinstance(self.teacher, AbsentTeacher) and not self._untouched():
             return "untrained student"
         ours, its = self.handle.config, self.teacher.config
         whole = (ours.num_layers, ours.ffn_dim) == (its.num_layers, its.ffn_dim)         # then what is cut is nothing
-        return "teacher without guidance" if whole else PLAIN_CUT
+        return UNGUIDED if whole else PLAIN_CUT
+
+    def _untouched(self) -> bool:
+        """Whether the start is the teacher itself."""
+        return self.handle.same_as == self.teacher.fingerprint and not self.handle.loras
 
     def _plain_cut(self) -> Generator[Event, None, Held]:
         """What the plain cut is worth; the student gives it its place in memory, and comes back."""
-        own = self.state.student.state_dict()
+        own = places(self.state.student)
         yield from self._load(own, plain_cut(self.teacher, self.handle.config), "cutting the plain cut")
         held = yield from self._evaluate("evaluating the plain cut")
         with self.handle.open() as opened:
@@ -248,43 +378,20 @@ class Run:
                 return end.value
             yield Stage(name=name, done=done, total=total)
 
-    def _plan(self) -> Generator[Event, None, tuple[int, int]]:
-        """Steps and the interval between evaluations: once, before step 0, from the speed measured here and now."""
-        noted = self.files.noted("plan")
-        if noted is None:
-            steps = self.job.steps
-            if steps == 0:
-                seconds = []
-                for i in range(TIMED_STEPS):
-                    yield Stage(name="measuring the speed", done=i, total=TIMED_STEPS)
-                    begun = time.monotonic()
-                    self._trial(i)
-                    seconds.append(time.monotonic() - begun)
-                self.state.optimizer.state.clear()              # as before step 0
-                begun = time.monotonic()
-                yield from self._evaluate("measuring the speed")
-                if self.samples:
-                    yield from self._draw()
-                evaluating = (time.monotonic() - begun) * self.job.recipe.evaluations
-                left = 60 * self.job.minutes - self._seconds() - evaluating
-                steps = max(LEAST_STEPS, int(0.95 * left / sorted(seconds)[len(seconds) // 2]))
-            noted = {"steps": steps, "evaluate_every": -(-steps // self.job.recipe.evaluations)}
-            self.files.note("plan", noted)
-        return noted["steps"], noted["evaluate_every"]
-
     def _train(self) -> Iterator[Event]:
         """The loop. Whatever ends it, the last complete step is on disk afterwards."""
         saved, saved_at, state = self.state.step, time.monotonic(), self.state
         try:
             if self._due() and not self._measured():
                 yield from self._measure()              # it was stopped while it did
-            while state.step < self.steps and not self._over():
-                step = self._step()
+            while state.step < self.last and not self._over():
+                step = yield from self._step()
                 self.files.log(kind="step", step=step.step, loss=step.loss, grad_norm=step.grad_norm, lr=step.lr, seconds=step.seconds)
                 yield step
                 if self._due():
                     yield from self._measure()
                 if time.monotonic() - saved_at >= 60 * self.job.recipe.save_every:
+                    yield Stage(name=f"saving {size_of(state) / 2**30:.1f} GiB", done=0, total=1)
                     size = self.files.save(state)
                     saved, saved_at = state.step, time.monotonic()
                     yield Saved(step=state.step, bytes=size)
@@ -292,11 +399,12 @@ class Run:
                 yield from self._measure()              # it ended between two evaluations
         finally:
             if state.step > saved and self.whole:
+                log.info("WanLite: saving %.1f GiB", size_of(state) / 2**30)
                 self.files.save(state)
 
     def _due(self) -> bool:
         """Whether the step that was just finished is one to evaluate."""
-        return self.state.step > 0 and (self.state.step % self.every == 0 or self.state.step == self.steps)
+        return self.course.due(self.state.step)
 
     def _measured(self) -> bool:
         """Whether the weights after the last step were evaluated."""
@@ -311,104 +419,56 @@ class Run:
         """Seconds that this session of the run has taken."""
         return time.monotonic() - self.began
 
-    @trains
-    def _step(self) -> Step:
-        """One optimizer step. Everything random in it is a function of (train_seed, step)."""
-        begun, state = time.monotonic(), self.state
-        lr = lr_at(state.step, self.steps, self.job.recipe)
+    def _step(self) -> Generator[Event, None, Step]:
+        """One optimizer step. Everything random in it is a function of (train_seed, step). It can be left after each pass until weights move."""
+        begun, state, leg = time.monotonic(), self.state, self.course.at(self.state.step)
+        lr = leg.lr(state.step, self.job.recipe)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        for loss in self._backward(state.step, self.steps):
-            norm = clip_grad_norm_(state.trained.values(), self.job.recipe.max_grad_norm)
-            if not torch.isfinite(loss + norm):
-                raise WanLiteError(f"The loss is not finite at step {state.step + 1}.", "What is on disk is from before it.",
-                                   "Lower the learning rate and type a new run name.")
-            self.whole = False
-            state.optimizer.step()
+        try:
+            with closing(self._gradients(state.step, leg.last)) as passes:
+                for loss in passes:
+                    if loss is not None:
+                        norm = self._move(loss)
+                    elif self.whole:
+                        yield Stage(name="training", done=state.step, total=self.last)
+        except Damaged as damaged:              # read before anything was computed
+            yield from self._ask_again(damaged)
+            return (yield from self._step())
+        finally:
             state.optimizer.zero_grad(set_to_none=True)
         state.average.update(state.step)
         state.step, self.whole = state.step + 1, True
-        return Step(step=state.step, total=self.steps, loss=float(loss), grad_norm=float(norm), lr=lr, seconds=time.monotonic() - begun)
+        return Step(step=state.step, total=self.last, loss=float(loss), grad_norm=float(norm), lr=lr, seconds=time.monotonic() - begun)
 
     @trains
-    def _trial(self, step: int) -> None:
+    def _gradients(self, step: int, total: int) -> Generator[Tensor | None, None, None]:
+        yield from self.learner.gradients(step, total)
+
+    @trains
+    def _move(self, loss: Tensor) -> Tensor:
+        """A step along the gradients; returns their norm."""
+        norm = clip_grad_norm_(self.state.trained.values(), self.job.recipe.max_grad_norm)
+        if not torch.isfinite(loss + norm):
+            raise WanLiteError(f"The loss is not finite at step {self.state.step + 1}.", "What is on disk is from before it.",
+                               "Lower the learning rate and type a new run name.")
+        self.whole = False
+        self.state.optimizer.step()
+        self.state.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @trains
+    def _trial(self, number: int) -> Iterator[Event]:
         """A step's work without moving a weight, to measure its speed."""
         for group in self.state.optimizer.param_groups:
             group["lr"] = 0.0
-        for loss in self._backward(step, TIMED_STEPS):
-            clip_grad_norm_(self.state.trained.values(), self.job.recipe.max_grad_norm)
-            self.state.optimizer.step()
-            self.state.optimizer.zero_grad(set_to_none=True)
-            float(loss)             # a GPU's clock is read once all is done
-
-    def _backward(self, step: int, total: int) -> Iterator[Tensor]:
-        """Gradients, once or (with a critic) several times: yields the loss of each, and the caller moves the weights."""
-        if self.matching is not None:
-            yield from self.matching.backward(step)
-        else:
-            yield self._learn(step, total)
-
-    def _learn(self, step: int, total: int) -> Tensor:
-        """Gradients of one batch, in parts that fit; into which parts changes the velocity loss by rounding only. Returns the loss."""
-        batch = self._rolled(self.cache.batch(step))
-        contexts, targets = self._targets(batch, step)
-        scale = targets.square().mean().to(self.teacher.device)
-        size = max(1, TOKENS_A_PASS // tokens(self.job.shape))
-        summed = torch.zeros((), device=self.teacher.device)
-        for start in range(0, len(batch.x), size):
-            part = slice(start, start + size)
-            velocity, features = self._forward(batch[part], contexts[part])
-            loss = objectives.velocity_loss(velocity, targets[part].to(velocity.device), scale).mean()
-            if self.pairs:
-                loss = loss + (1 - step / total) * objectives.feature_loss(features, self._teacher_features(batch[part], contexts[part]), self.pairs)
-            loss = loss * (len(velocity) / len(batch.x))
-            loss.backward()
-            summed += loss.detach()
-        return summed
-
-    def _rolled(self, batch: Batch) -> Batch:
-        """Takes those states that are to be the student's own as far as they are to be: their target leads back to the teacher's path."""
-        if batch.rolled is None or not batch.rolled.any():
-            return batch
-        x, v, v_neg = batch.x.clone(), batch.v_pos.clone(), batch.v_neg
-        rows = batch.rolled.nonzero().flatten()                                      # [R]
-        for part in rows.split(max(1, TOKENS_A_PASS // tokens(self.job.shape) // 2)):      # a guided teacher takes two of each
-            steps, which = batch.rolled[part], tuple(batch.prompts[row] for row in part.tolist())
-            walk = roll(self.state.student, x[part], student_sigmas(self.job)[:int(steps.max()) + 1], self.prompts, which, self.job)
-            for done, reached in enumerate(walk, start=1):
-                x[part[steps == done]] = reached[steps == done]
-            if self.job.trajectory:
-                per_row = (slice(None), *[None] * (x.ndim - 1))
-                v[part] = (batch.goal[part] - x[part]) / (batch.following - batch.sigma)[part][per_row]
-            else:
-                negative = self.prompts.negative_cond(len(part)) if self.job.guided else None
-                v[part], found = guided_pair(self.online, x[part], batch.sigma[part], self.prompts.cond(which), negative)
-                v_neg = v_neg if found is None else v_neg.index_copy(0, part, found)
-        return replace(batch, x=x, v_pos=v, v_neg=v_neg)
-
-    def _forward(self, part: Batch, context: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        return student_velocity(self.state.student, part.x, part.sigma, context, features=[mine for mine, _ in self.pairs])
-
-    def _teacher_features(self, part: Batch, context: Tensor) -> dict[int, Tensor]:
-        """{teacher block: what it hands on [B, N, D]}; the teacher is asked here and now, features are too large to keep on disk."""
-        seen: dict[int, Tensor] = {}
-        self.online.velocity(part.x, part.sigma, Cond(context=context), taps={
-            f"blocks.{its}": lambda _, answered, its=its: seen.update({its: answered.detach().clone()}) for _, its in self.pairs})
-        return seen
-
-    def _targets(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-        """(contexts [B, L, 4096], velocities [B, C, T, H, W]) to learn.
-
-        With guidance folded in, the prompts and the guided velocity. With guidance kept, each state is either the prompt's or, by a
-        coin that is a function of (train_seed, step), the negative's: sampling with cfg needs both.
-        """
-        prompts = self.prompts.cond(batch.prompts).context
-        if self.job.student_cfg == 1:
-            return prompts, batch.guided(self.job.cfg)
-        negative = torch.rand(len(batch.x), generator=seeded(self.job.train_seed, "coin", step)) < 0.5     # [B]
-        both = pad_together(prompts, self.prompts.negative_cond(len(batch.x)).context).unflatten(0, (2, -1))   # [2, B, L, D]
-        contexts = torch.where(negative.view(-1, 1, 1), both[1], both[0])
-        return contexts, torch.where(negative.view(-1, 1, 1, 1, 1), batch.v_neg, batch.v_pos)
+        for loss in self.learner.gradients(number, TIMED_STEPS):
+            if loss is not None:
+                clip_grad_norm_(self.state.trained.values(), self.job.recipe.max_grad_norm)
+                self.state.optimizer.step()
+                self.state.optimizer.zero_grad(set_to_none=True)
+                float(loss)             # a GPU's clock is read once all is done
+            yield Stage(name="measuring the speed", done=number, total=TIMED_STEPS)
 
     def _measure(self) -> Iterator[Event]:
         """Evaluates the averaged weights, keeps them when they are the best so far, and draws a sample when asked to."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -66,9 +66,9 @@ class WanFile:
         place = self.places[name]
         return read_tensor(self.files[place.path], place.entry)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every (name, tensor), read one at a time."""
-        return ((name, self.tensor(name)) for name in self.places)
+    def tensors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Every (name, tensor), or those of these names, read one at a time."""
+        return ((name, self.tensor(name)) for name in (self.places if names is None else names))
 
 
 @contextmanager

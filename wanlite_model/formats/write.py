@@ -154,7 +154,9 @@ def _write_model(file: Path, config: WanConfig, tensors: Iterable[tuple[str, Ten
             del tensor                                  # before the next one is made: one at a time
         size = writer.finish()
     patiently(os.rename, part, file)
-    with safe_open(file, framework="pt") as reference:  # the library every reader uses must agree with our own writer
+    # The library every reader uses must agree with our own writer. Its "pt" would map the file to be written to, which Windows, and Linux under a
+    # limit, count as so much memory.
+    with safe_open(file, framework="np") as reference:
         found = {name: tuple(reference.get_slice(name).get_shape()) for name in reference.keys()}
     if found != shapes:
         raise WanLiteError(f"{file.name} reads back differently from what was written.", "", "Check the disk, then save again.")

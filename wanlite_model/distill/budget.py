@@ -1,0 +1,252 @@
+"""What a job will take, told before its first step: memory, by running a step dry; disk, from shapes; time, from its arithmetic.
+
+And what is done so that it fits: the first rung of the ladder (see levers.py) on which it does.
+"""
+from __future__ import annotations
+
+import bisect
+import functools
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from ..compress.importance import tokens
+from ..config import TEXT_DIM, WanConfig
+from ..errors import WanLiteError
+from ..formats.keymap import wan_shapes
+from ..formats.lora import Lora
+from ..prompts import PromptBank
+from ..transformer import WanLiteStudent
+from .adapters import adapter_size
+from .begin import state_of
+from .checkpoint import TrainState, size_of
+from .data import Batch
+from .dry import dry_run
+from .evaluate import at_once, student_velocity
+from .job import DistillJob, Recipe
+from .learner import TOKENS_A_PASS, Learner
+from .levers import Levers, LeverSettings, ladder
+from .modes import trains
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+SPARE = 0.92                    # of what is free: allocators round up, and libraries take workspaces
+USED = 0.45                     # of a matrix rate that training reaches
+BACKWARD = 2                    # forwards that a backward pass is worth
+PARTS = 2                       # of a batch that are run dry: with the second there are gradients already
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """Bytes that a job may have: of the device, of CPU memory beside it, and of the drives that its run and its cache are on."""
+    device: int
+    ram: int
+    run_disk: int
+    cache_disk: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Peaks:
+    """The most bytes that are alive at once: on the device (a CPU's memory where that is the device), and beside it in CPU memory. saved: of a
+    checkpoint.
+    """
+    device: int
+    ram: int
+    saved: int
+
+    def fit(self, machine: Machine) -> bool:
+        return self.device <= SPARE * machine.device and self.ram <= SPARE * machine.ram
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """rungs: of levers, the first that fits and those after it, for the case that it does not. peaks: with the first; None where they could not be
+    predicted. run: bytes that the run takes on disk. step_seconds: by arithmetic.
+    """
+    rungs: tuple[Levers, ...]
+    peaks: Peaks | None
+    machine: Machine
+    run: int
+    step_seconds: float
+
+    def told(self) -> str:
+        """For the node and the log."""
+        memory = "The memory that this job takes could not be predicted" if self.peaks is None else (
+            f"Memory: {self.peaks.device / GIB:.1f} of {self.machine.device / GIB:.1f} GiB"
+            + (f", and {self.peaks.ram / GIB:.1f} of {self.machine.ram / GIB:.1f} GiB beside the card" if self.peaks.ram else ""))
+        return (f"{memory}. To save memory: {self.rungs[0].told()}. Disk: {self.run / GIB:.1f} GiB for the run. "
+                f"About {self.step_seconds:.2g} s a step.")
+
+
+def this_machine(device: torch.device, run: Path, cache: Path, settings: LeverSettings = LeverSettings()) -> Machine:
+    """What is free here now, or what the settings say of another machine. What this process holds on the device counts as free."""
+    import psutil
+    free = psutil.virtual_memory().available
+    on_device = free
+    if device.type == "cuda":
+        on_device = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return Machine(device=int(settings.gpu_gib * GIB) or on_device, ram=int(settings.ram_gib * GIB) or free,
+                   run_disk=int(settings.disk_gib * GIB) or _free_disk(run), cache_disk=int(settings.disk_gib * GIB) or _free_disk(cache))
+
+
+def _free_disk(place: Path) -> int:
+    place = Path(place).absolute()
+    return shutil.disk_usage(next(parent for parent in (place, *place.parents) if parent.exists())).free
+
+
+def plan(job: DistillJob, config: WanConfig, machine: Machine, device: torch.device, prompts: PromptBank, lora: Lora | None = None,
+         noted: Levers | None = None) -> Budget:
+    """The first rung that fits, from the one that the run was on before (`noted`). Raises WanLiteError, with the smallest change that fits, when none does."""
+    rungs = list(ladder(job.levers, frozen=job.recipe.rank > 0, blocks=config.num_layers, device_type=device.type))
+    rungs = rungs[rungs.index(noted):] if noted in rungs else rungs
+
+    def peaks_of(job: DistillJob, config: WanConfig, levers: Levers) -> Peaks:
+        return predicted(job, config, levers, device.type, prompts, lora)
+
+    seconds = step_flops(job, config, rungs[0]) / (USED * matrix_rate(device.type))
+    try:
+        for i, levers in enumerate(rungs):
+            peaks = peaks_of(job, config, levers)
+            if peaks.fit(machine):
+                return Budget(rungs=tuple(rungs[i:]), peaks=peaks, machine=machine, run=run_bytes(peaks, config, job),
+                              step_seconds=step_flops(job, config, levers) / (USED * matrix_rate(device.type)))
+    except NotImplementedError as error:            # of an operation that this version of torch cannot run dry
+        log.warning("WanLite: memory could not be predicted (%s); should the job not fit, it goes on with less of it.", error)
+        return Budget(rungs=tuple(rungs), peaks=None, machine=machine, run=0, step_seconds=seconds)
+    raise _refused(job, config, machine, peaks, lambda job, config: peaks_of(job, config, rungs[-1]))
+
+
+def _refused(job: DistillJob, config: WanConfig, machine: Machine, peaks: Peaks, peaks_of: Callable[[DistillJob, WanConfig], Peaks]) -> WanLiteError:
+    where = "" if peaks.ram <= SPARE * machine.ram else f", and {peaks.ram / GIB:.1f} GiB of memory beside it, of which {machine.ram / GIB:.1f} are free"
+    found = f"This job takes {peaks.device / GIB:.1f} GiB of the {machine.device / GIB:.1f} GiB that are free on the device{where}, whatever is done to save memory."
+    frames = job.shape[1]
+    fewer = [replace(job, shape=(job.shape[0], t, *job.shape[2:])) for t in range(1, frames)]
+    most = bisect.bisect_left(fewer, True, key=lambda job: not peaks_of(job, config).fit(machine))          # fewer frames take less
+    if most:
+        return WanLiteError(found, "", f"Set the LATENT's length to {4 * (most - 1) + 1} frames: that fits.")
+    if not job.recipe.rank and not job.matching:
+        adapters = replace(job, recipe=replace(job.recipe, rank=32))
+        if any(peaks_of(replace(adapters, shape=shape.shape), config).fit(machine) for shape in (job, *fewer[:1])):
+            return WanLiteError(found, "", "Set rank to 32 in WanLite Recipe: adapters are trained instead of all weights, and that fits.")
+    return WanLiteError(found, "", "Lower the width and height of the LATENT, take away more blocks with WanLite Create Student, or close what else uses the card.")
+
+
+def step_flops(job: DistillJob, config: WanConfig, levers: Levers) -> float:
+    """Of the student's forward and backward in one step."""
+    return job.recipe.batch_size * (1 + BACKWARD + levers.checkpointing) * forward_flops(config, tokens(job.shape))
+
+
+def forward_flops(config: WanConfig, count: int, text: int = 64) -> float:
+    """Floating-point operations of a forward of one sample of `count` tokens beside `text` tokens of text: two for each multiplication of a matrix product."""
+    dim = config.dim
+    projections = 2 * dim * dim * (6 * count + 2 * text)            # q, k, v, o of the tokens; q and o beside k and v of the text
+    attention = 4 * count * dim * (count + text)
+    return config.num_layers * (projections + attention + 4 * count * dim * config.ffn_dim) + 2 * text * dim * (TEXT_DIM + dim)
+
+
+@functools.cache
+def matrix_rate(device_type: str) -> float:
+    """Floating-point operations a second of a matrix product, measured here: in bf16 on a GPU, in fp32 on a CPU."""
+    size, dtype = (4096, torch.bfloat16) if device_type == "cuda" else (768, torch.float32)
+    a = torch.ones(size, size, device=device_type, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        begun = time.perf_counter()
+        float((a @ a)[0, 0])
+        best = min(best, time.perf_counter() - begun)
+    return 2 * size**3 / best
+
+
+def run_bytes(peaks: Peaks, config: WanConfig, job: DistillJob) -> int:
+    """On disk: the checkpoint, the next one while it is written, the best weights and the student that is handed out, in bf16."""
+    handed_out = 2 * (adapter_size(config, job.recipe.rank) if job.recipe.rank else sum(map(math.prod, wan_shapes(config).values())))
+    return 2 * peaks.saved + 3 * handed_out
+
+
+def check_disk(needed: int, free: int, place: Path, what: str) -> None:
+    """Raises WanLiteError when a drive lacks room."""
+    if needed > free:
+        raise WanLiteError(f"{what} takes {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free on the drive of {place.name!r}.", "",
+                           "Free space there, or take fewer prompts or frames.")
+
+
+@contextmanager
+def capped(device: torch.device, machine: Machine) -> Iterator[None]:
+    """On a GPU, inside, what does not fit is an error: Windows would go on in the computer's own memory, at a fiftieth of the speed."""
+    if device.type != "cuda":
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, machine.device / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def predicted(job: DistillJob, config: WanConfig, levers: Levers, device_type: str, prompts: PromptBank, lora: Lora | None = None) -> Peaks:
+    """What the training of such a student takes, from a step and a forward of an evaluation that are run dry. lora: that it begins with."""
+    longest = max(map(len, (*prompts.contexts, prompts.negative)))
+    size = min(job.recipe.batch_size, PARTS * max(1, TOKENS_A_PASS // tokens(job.shape)))
+    kind = Recipe(rank=job.recipe.rank, optimizer=job.recipe.optimizer, objective="distribution" if job.matching else "velocity", batch_size=size)
+    alike = DistillJob(student="", teacher="", prompts="", shape=job.shape, shift=1.0, steps=1, recipe=kind)            # all that decides it
+    return _predicted(alike, config, levers, device_type, longest, lora)
+
+
+@functools.lru_cache(maxsize=64)
+def _predicted(job: DistillJob, config: WanConfig, levers: Levers, device_type: str, longest: int, lora: Lora | None) -> Peaks:
+    device, prompts = torch.device(device_type), _prompts_of(longest)
+    with dry_run(device_type) as count:
+        state = _dry_state(job, config, levers, device, lora or Lora(factors={}))
+        _dry_step(job, state, prompts, device)
+        saved = size_of(state)
+        _dry_evaluation(job, state, prompts)
+        return Peaks(device=count.peak(device_type), ram=0 if device_type == "cpu" else count.peak("cpu"), saved=saved)
+
+
+@trains
+def _dry_state(job: DistillJob, config: WanConfig, levers: Levers, device: torch.device, lora: Lora) -> TrainState:
+    frozen = job.recipe.rank > 0
+    home = torch.device("cpu") if levers.frozen_float8 or levers.swapped_blocks else device
+    module = WanLiteStudent.from_wan(config, device="meta")
+    dtype = torch.bfloat16 if frozen and device.type == "cuda" else torch.float32
+    module.load_state_dict({name: torch.empty(shape, dtype=dtype, device=home) for name, shape in wan_shapes(config).items()}, assign=True)
+    return state_of(job, module.train(), lora, levers, device)
+
+
+@trains
+def _dry_step(job: DistillJob, state: TrainState, prompts: PromptBank, device: torch.device) -> None:
+    learner = Learner(job=job, student=state.student, prompts=prompts, online=None, device=device, draw=lambda _: dry_batch(job))
+    for _ in learner.gradients(0, 1):
+        pass
+    clip_grad_norm_(state.trained.values(), job.recipe.max_grad_norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.average.update(0)
+
+
+def _dry_evaluation(job: DistillJob, state: TrainState, prompts: PromptBank) -> None:
+    size = at_once(job)
+    with state.average.in_place(), torch.no_grad():
+        student_velocity(state.student, torch.empty(size, *job.shape), torch.ones(size), prompts.cond([0] * size).context)
+
+
+def _prompts_of(length: int) -> PromptBank:
+    context = torch.ones(length, TEXT_DIM)
+    return PromptBank(prompts=("",), contexts=(context,), negative_text="", negative=context[:1])
+
+
+def dry_batch(job: DistillJob) -> Batch:
+    """A batch of the job's size, whatever is in it."""
+    size = job.recipe.batch_size
+    x = torch.empty(size, *job.shape)
+    return Batch(x=x, sigma=torch.ones(size), v_pos=torch.empty_like(x), prompts=(0,) * size)

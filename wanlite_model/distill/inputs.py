@@ -1,0 +1,133 @@
+"""What a run is made from, in its own folder: so that it can be gone on with where the graph is not."""
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..compress.handle import StudentHandle
+from ..config import WanConfig
+from ..errors import WanLiteError
+from ..files import replace_file
+from ..formats.lora import Lora, read_lora, write_lora
+from ..formats.write import write_student
+from ..prompts import PromptBank
+from ..teacher import AbsentTeacher, FileTeacher, Teacher
+from .checkpoint import RunFolder
+from .job import DistillJob
+
+PROMPTS, LATENTS, START_FROM = "prompts.safetensors", "latents.safetensors", "start_from.safetensors"
+START, TEACHER = "start", "teacher"         # what is prepared: copies, so that the folder can be taken elsewhere
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Inputs:
+    """The parts that a run is made from, beside its job and its teacher."""
+    student: StudentHandle
+    prompts: PromptBank
+    latents: Tensor | None = None
+    start_from: Lora | None = None
+
+
+def keep(files: RunFolder, inputs: Inputs, teacher: Teacher, cache_root: Path) -> None:
+    """Writes into the run folder what is not there yet; the student and the teacher's answers are named, not copied."""
+    folder = files.path
+    if not (folder / PROMPTS).exists():
+        inputs.prompts.save(folder / PROMPTS)
+    if inputs.latents is not None and not (folder / LATENTS).exists():
+        replace_file(folder / LATENTS, lambda path: save_file({"latents": inputs.latents.contiguous()}, path))
+    if inputs.start_from is not None and not (folder / START_FROM).exists():
+        write_lora(folder / START_FROM, inputs.start_from, dtype=torch.float32)
+    its = files.noted("teacher") or {"name": teacher.name, "config": asdict(teacher.config)}
+    files.note("student", inputs.student.to_json(), teacher=its, cache=str(Path(cache_root).absolute()))
+
+
+def prepare(files: RunFolder, job: DistillJob, inputs: Inputs, teacher: Teacher, cache_root: Path, file: Path | None) -> Iterator[str]:
+    """Makes the folder complete: with the student's start, and the teacher. Yields what it does next.
+
+    file: the WAN file that the teacher was opened from, where nothing was changed since; without one its weights are written here, patches
+    merged and dequantised. Raises WanLiteError when the folder is another job's or cannot be written; what was there stays as it was.
+    """
+    with files.opened(job):
+        keep(files, inputs, teacher, cache_root)
+        yield "copying the start"
+        _copy_start(files.path / START, inputs.student)
+        noted = files.noted("teacher")
+        if file is not None:
+            files.note("teacher", {**noted, "path": str(file)})
+        elif "merged" not in noted:
+            yield "writing the teacher"
+            place = write_student(files.path / TEACHER, config=teacher.config, tensors=teacher.weights(), overwrite=True).path
+            merged = FileTeacher(place, shift=job.shift, device=torch.device("cpu")).fingerprint
+            files.note("teacher", {**noted, "merged": merged})
+
+
+def job_of(files: RunFolder) -> DistillJob:
+    """Raises WanLiteError when the folder is no run."""
+    noted = files.noted("job") if files.path.is_dir() else None
+    if noted is None or files.noted("student") is None:
+        raise WanLiteError(f"{files.path.name} is not the folder of a run.", "A run is a folder below output/wanlite/runs that WanLite Distill made.",
+                           "Queue the graph with minutes 0 to prepare one, or name another folder.")
+    return DistillJob.from_json(noted)
+
+
+def read(files: RunFolder) -> Inputs:
+    """Raises WanLiteError when something that the run is made from is gone."""
+    folder, student = files.path, StudentHandle.from_json(files.noted("student"))
+    start = folder / START
+    if start.exists():
+        loras = sorted(start.glob("lora-*.safetensors"))
+        student = replace(student, folder=str(start / Path(student.folder).name), loras=tuple(map(str, loras)))
+    try:
+        latents = load_file(folder / LATENTS)["latents"].clone() if (folder / LATENTS).exists() else None
+    except (OSError, SafetensorError, KeyError) as error:
+        raise WanLiteError(f"{LATENTS} of run {folder.name!r} is damaged ({error}).", "", "Queue the run's graph again.") from error
+    lora = read_lora(folder / START_FROM, student.config) if (folder / START_FROM).exists() else None
+    return Inputs(student=student, prompts=PromptBank.load(folder / PROMPTS), latents=latents, start_from=lora)
+
+
+def teacher_of(files: RunFolder, job: DistillJob, device: torch.device, file: Path | None = None) -> Teacher:
+    """The teacher in `file`, or the one that the run knows of, or one that is not there. Raises WanLiteError when the file holds another WAN."""
+    noted: dict[str, Any] = files.noted("teacher")
+    merged = files.path / TEACHER
+    place = file or (Path(noted["path"]) if "path" in noted else merged if "merged" in noted and merged.exists() else None)
+    if place is None:
+        return AbsentTeacher(WanConfig(**noted["config"]), shift=job.shift, fingerprint=job.teacher, name=noted["name"], device=device)
+    teacher = FileTeacher(place, shift=job.shift, device=device, name=noted["name"])
+    if teacher.fingerprint not in (job.teacher, noted.get("merged")):
+        raise WanLiteError(f"{place.name} is not the teacher of this run: its weights are others.", f"The run was made for {noted['name']}.",
+                           "Name the file that the graph loaded, without LoRAs and in the same dtype, or queue the graph with minutes 0.")
+    teacher.fingerprint = job.teacher           # that of the MODEL whose weights the file holds
+    return teacher
+
+
+def _copy_start(place: Path, student: StudentHandle) -> None:
+    """Links the files where they are on the same drive, and copies them where not; none of them is ever written to again."""
+    if place.exists():
+        return
+    new = place.with_name(f".{place.name}.tmp")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    source = Path(student.folder)
+    for file in sorted(source.iterdir()) if source.is_dir() else [source]:
+        goal = new / source.name / file.name if source.is_dir() else new / file.name
+        goal.parent.mkdir(exist_ok=True)
+        _link(file, goal)
+    for number, lora in enumerate(student.loras):
+        _link(Path(lora), new / f"lora-{number}.safetensors")
+    os.rename(new, place)
+
+
+def _link(file: Path, goal: Path) -> None:
+    try:
+        os.link(file, goal)
+    except OSError:
+        shutil.copy2(file, goal)

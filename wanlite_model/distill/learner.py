@@ -1,0 +1,101 @@
+"""The gradients of one step: what the student answers, what the teacher said there, and how far apart they are."""
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..compress.importance import tokens
+from ..prompts import PromptBank
+from ..teacher import Cond, Teacher, guided_pair, pad_together
+from ..transformer import WanLiteStudent
+from . import objectives
+from .data import Batch, seeded, student_sigmas
+from .evaluate import roll, student_velocity
+from .job import DistillJob
+
+TOKENS_A_PASS = 8192            # of a batch that go through the student at once; more are accumulated
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Learner:
+    """KD on batches that `draw` gives by step. online: who is asked at a step; pairs: blocks whose outputs are matched, (student, teacher)."""
+    job: DistillJob
+    student: WanLiteStudent
+    prompts: PromptBank
+    online: Teacher
+    device: torch.device
+    draw: Callable[[int], Batch]
+    pairs: tuple[tuple[int, int], ...] = ()
+
+    def gradients(self, step: int, total: int) -> Iterator[Tensor | None]:
+        """Those of one batch, in parts that fit; into which parts changes the velocity loss by rounding only.
+
+        Yields None after each forward and backward pass, where a consumer may stop, and at the end the loss.
+        """
+        batch = yield from self.rolled(self.draw(step))
+        contexts, targets = self._targets(batch, step)
+        scale = targets.square().mean().to(self.device)
+        size = max(1, TOKENS_A_PASS // tokens(self.job.shape))
+        summed = torch.zeros((), device=self.device)
+        for start in range(0, len(batch.x), size):
+            part = slice(start, start + size)
+            loss = self._loss(batch[part], contexts[part], targets[part], scale, 1 - step / total) * (len(contexts[part]) / len(batch.x))
+            yield None
+            loss.backward()
+            summed += loss.detach()
+            yield None
+        yield summed
+
+    def _loss(self, part: Batch, context: Tensor, target: Tensor, scale: Tensor, share: float) -> Tensor:
+        """share: of the features in it."""
+        velocity, features = student_velocity(self.student, part.x, part.sigma, context, features=[mine for mine, _ in self.pairs])
+        loss = objectives.velocity_loss(velocity, target.to(velocity.device), scale).mean()
+        if self.pairs:
+            loss = loss + share * objectives.feature_loss(features, self._teacher_features(part, context), self.pairs)
+        return loss
+
+    def rolled(self, batch: Batch) -> Generator[None, None, Batch]:
+        """Takes those states that are to be the student's own as far as they are to be: their target leads back to the teacher's path."""
+        if batch.rolled is None or not batch.rolled.any():
+            return batch
+        x, v, v_neg = batch.x.clone(), batch.v_pos.clone(), batch.v_neg
+        rows = batch.rolled.nonzero().flatten()                                      # [R]
+        for part in rows.split(max(1, TOKENS_A_PASS // tokens(self.job.shape) // 2)):      # a guided teacher takes two of each
+            steps, which = batch.rolled[part], tuple(batch.prompts[row] for row in part.tolist())
+            walk = roll(self.student, x[part], student_sigmas(self.job)[:int(steps.max()) + 1], self.prompts, which, self.job)
+            for done, reached in enumerate(walk, start=1):
+                x[part[steps == done]] = reached[steps == done]
+                yield None
+            if self.job.trajectory:
+                per_row = (slice(None), *[None] * (x.ndim - 1))
+                v[part] = (batch.goal[part] - x[part]) / (batch.following - batch.sigma)[part][per_row]
+            else:
+                negative = self.prompts.negative_cond(len(part)) if self.job.guided else None
+                v[part], found = guided_pair(self.online, x[part], batch.sigma[part], self.prompts.cond(which), negative)
+                v_neg = v_neg if found is None else v_neg.index_copy(0, part, found)
+                yield None
+        return replace(batch, x=x, v_pos=v, v_neg=v_neg)
+
+    def _teacher_features(self, part: Batch, context: Tensor) -> dict[int, Tensor]:
+        """{teacher block: what it hands on [B, N, D]}; the teacher is asked here and now, features are too large to keep on disk."""
+        seen: dict[int, Tensor] = {}
+        self.online.velocity(part.x, part.sigma, Cond(context=context), taps={
+            f"blocks.{its}": lambda _, answered, its=its: seen.update({its: answered.detach().clone()}) for _, its in self.pairs})
+        return seen
+
+    def _targets(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+        """(contexts [B, L, 4096], velocities [B, C, T, H, W]) to learn.
+
+        With guidance folded in, the prompts and the guided velocity. With guidance kept, each state is either the prompt's or, by a
+        coin that is a function of (train_seed, step), the negative's: sampling with cfg needs both.
+        """
+        prompts = self.prompts.cond(batch.prompts).context
+        if self.job.student_cfg == 1:
+            return prompts, batch.guided(self.job.cfg)
+        negative = torch.rand(len(batch.x), generator=seeded(self.job.train_seed, "coin", step)) < 0.5     # [B]
+        both = pad_together(prompts, self.prompts.negative_cond(len(batch.x)).context).unflatten(0, (2, -1))   # [2, B, L, D]
+        contexts = torch.where(negative.view(-1, 1, 1), both[1], both[0])
+        return contexts, torch.where(negative.view(-1, 1, 1, 1, 1), batch.v_neg, batch.v_pos)
