@@ -35,11 +35,13 @@ class WanLiteDistill(io.ComfyNode):
                 io.Float.Input("cfg", default=5.0, min=1.0, max=100.0, step=0.1,
                                tooltip="The teacher's guidance scale. 1 asks it without guidance; if that is because it was made for few steps, "
                                        "set teacher_steps in WanLite Recipe to their number too."),
-                io.Float.Input("minutes", default=30.0, min=0.1, max=1e6, step=0.1,
+                io.Float.Input("minutes", default=30.0, min=0.0, max=1e6, step=0.1,
                                tooltip="Length of the whole job in minutes, of which up to 40% go into asking the teacher. Counts when steps "
-                                       "is 0."),
+                                       "is 0. A run that is asked for more goes on with another leg; asked for less it ends at its next evaluation. "
+                                       "0: nothing is trained, the run's folder is made complete for `python -m wanlite_model run`."),
                 io.Int.Input("steps", default=0, min=0, max=10_000_000,
-                             tooltip="Training steps. 0: as many as the minutes allow, measured once at the start."),
+                             tooltip="Training steps. 0: as many as the minutes allow, measured once at the start. More or fewer than a run was begun "
+                                     "for continue it too."),
                 io.String.Input("run_name", default="run-1",
                                 tooltip="Its folder below output/wanlite/runs. The same name with the same settings goes on or comes back; "
                                         "with other settings it is refused, and nothing is lost."),
@@ -70,7 +72,12 @@ class WanLiteDistill(io.ComfyNode):
         from .comfy_bridge.training import Training
         training = Training.of(student=student, model=model, prompts=prompts, latent=latent, sigmas=sigmas, preset=preset, changes=recipe or {},
                                vae=vae, cfg=cfg, minutes=minutes, steps=steps, train_seed=train_seed)
-        finished = training.run(folders.output_folder("runs") / run_name, folders.output_folder("cache"), cls.hidden.unique_id)
+        folder = folders.output_folder("runs") / run_name
+        finished = training.run(folder, folders.output_folder("cache"), cls.hidden.unique_id)
+        if finished is None:
+            prepared = (f"Prepared. In WanLite's folder, `python -m wanlite_model run \"{folder}\"` trains it without ComfyUI; queue this graph again "
+                        "afterwards, or with minutes above 0 to train here.")
+            return io.NodeOutput(ui=told("Distill", prepared), block_execution=prepared)
         report = "\n".join((finished.report, *training.notes))
         trained = open_student(finished.handle, training.teacher.model if finished.handle.same_as == training.teacher.fingerprint else None)
         chart = picture(finished.losses, finished.evaluations, finished.plain_cut, finished.yardstick)

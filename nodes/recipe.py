@@ -1,4 +1,5 @@
 """Expert settings of a distillation, for whoever wants them. What is left as it is stays the preset's."""
+from dataclasses import fields
 from typing import Any
 
 from comfy_api.latest import io
@@ -8,7 +9,13 @@ from .sockets import Recipe
 
 AS_PRESET = "as the preset"
 START_FROM = "start_from"       # the one setting that is no field of the engine's Recipe: a file of ComfyUI's
-UNSET = {"rank": -1, "own_states": -1.0, "renoised": -1.0, "full_range": -1.0, "ema_decay": -1.0, "weight_decay": -1.0, "warmup": -1}
+UNSET = {"rank": -1, "own_states": -1.0, "renoised": -1.0, "full_range": -1.0, "ema_decay": -1.0, "weight_decay": -1.0, "warmup": -1, "swapped_blocks": -1}
+AUTO, ON, OFF = "auto", "on", "off"
+LEVERS = {
+    "checkpointing": "Blocks are computed a second time in backward instead of being remembered: a third slower, for a fraction of the memory.",
+    "checkpoints_on_cpu": "What blocks are computed again from waits in the computer's memory, not on the card.",
+    "frozen_float8": "With adapters: the frozen weights are held in float8, half of bf16. The adapters learn over the rounded weights.",
+    "optimizer_8bit": "Without adapters: AdamW with 8-bit moments, in place of Muon too, on bf16 weights: a third of the memory."}
 
 
 class WanLiteRecipe(io.ComfyNode):
@@ -66,6 +73,14 @@ class WanLiteRecipe(io.ComfyNode):
                              tooltip="How often, in the whole job, the error on held-out states is measured; the best weights are kept. 0: the preset's."),
                 io.Float.Input("save_every", default=0.0, min=0.0, max=1e6, step=0.1,
                                tooltip="Minutes between checkpoints. A cancelled run also saves its last step; only a crash loses more. 0: the preset's."),
+                *(io.Combo.Input(lever, options=[AUTO, ON, OFF], default=AUTO,
+                                 tooltip=f"{what} auto: when it would not fit otherwise.") for lever, what in LEVERS.items()),
+                io.Int.Input("swapped_blocks", default=-1, min=-1, max=1000,
+                             tooltip="With adapters: so many blocks lie in the computer's memory and visit the card one at a time. -1: as many as needed."),
+                io.Float.Input("gpu_gib", default=0.0, min=0.0, max=10_000.0, step=0.5,
+                               tooltip="Memory of the card that the job is planned for, in GiB, for a run that is prepared for another machine. 0: what is free here."),
+                io.Float.Input("ram_gib", default=0.0, min=0.0, max=100_000.0, step=0.5, tooltip="The same of the computer's memory."),
+                io.Float.Input("disk_gib", default=0.0, min=0.0, max=1e6, step=1.0, tooltip="The same of the disk."),
             ],
             outputs=[Recipe.Output(display_name="recipe", tooltip="For WanLite Distill.")])
 
@@ -76,6 +91,10 @@ class WanLiteRecipe(io.ComfyNode):
     @classmethod
     def execute(cls, start_from: str, **settings: Any) -> io.NodeOutput:
         from ..wanlite_model.distill.job import Recipe as Settings
-        given = {name: value for name, value in settings.items() if value != AS_PRESET and value != UNSET.get(name, 0)}
-        Settings(**given)           # refused here, on the node that is wrong
+        from ..wanlite_model.distill.levers import LeverSettings
+        given = {name: value for name, value in settings.items() if value not in (AS_PRESET, AUTO) and value != UNSET.get(name, 0)}
+        given |= {lever: given[lever] == ON for lever in LEVERS if lever in given}
+        levers = {field.name: given[field.name] for field in fields(LeverSettings) if field.name in given}
+        Settings(**{name: value for name, value in given.items() if name not in levers})            # refused here, on the node that is wrong
+        LeverSettings(**levers)
         return io.NodeOutput({**given, **({} if start_from == folders.NONE else {START_FROM: start_from})})

@@ -268,7 +268,7 @@ class WanLiteStudent(ModelMixin, ConfigMixin):
     def _checkpointed(self, block: Block, x: Tensor, **shared: Any) -> Tensor:
         """The block's output, with x kept and the rest computed again. What is given by name is not saved: all blocks hold the same tensors."""
         with nullcontext() if self.checkpoint_device is None else kept_on(self.checkpoint_device):
-            return checkpoint(block, x, use_reentrant=False, **shared)
+            return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **shared)       # nothing in a block is random
 
     def _tokens(self, latents: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         x = self.patch_embedding(latents)                                   # [B, D, T, H/2, W/2]

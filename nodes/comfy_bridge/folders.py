@@ -14,9 +14,10 @@ NONE = "none"
 PROMPT_LISTS, BUNDLED = Path(__file__).resolve().parent.parent / "prompt_lists", "WanLite/"
 
 
-def output_folder(*parts: str) -> Path:
-    """A folder of WanLite's own below ComfyUI's output folder; not made here."""
-    return Path(folder_paths.get_output_directory(), "wanlite", *parts)
+def output_folder(name: str) -> Path:
+    """A folder of WanLite's own below ComfyUI's output folder, or where extra_model_paths.yaml puts `wanlite_<name>`; not made here."""
+    placed, _ = folder_paths.folder_names_and_paths.get(f"wanlite_{name}", ((), ()))
+    return Path(placed[0]) if placed else Path(folder_paths.get_output_directory(), "wanlite", name)
 
 
 def models_folder() -> Path:

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,14 @@ import comfy.sd
 import comfy.utils
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+from torch import Tensor
 
 from ...wanlite_model.compress.handle import StudentHandle
 from ...wanlite_model.errors import WanLiteError
-from ...wanlite_model.formats.container import read_header
-from ...wanlite_model.formats.read import FLOATS, QUANTISED, open_wan
+from ...wanlite_model.formats.container import DTYPES, read_header
+from ...wanlite_model.formats.read import FLOATS, QUANTISED, WanFile, open_wan
+from ...wanlite_model.teacher import Teacher, fingerprint_tensors
+from . import folders
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +41,7 @@ def open_model(path: Path, shift: float | None = None, dtype: torch.dtype | None
             raise WanLiteError(f"ComfyUI cannot open {file.name} as a model.", "", "Choose a WAN file from models/diffusion_models.") from error
     else:
         with open_wan(path) as source:      # shards or diffusers names: newer ComfyUIs cannot load these again from disk by themselves
-            model = comfy.sd.load_diffusion_model_state_dict({name: tensor for name, tensor in source.tensors()}, model_options=options)
+            model = comfy.sd.load_diffusion_model_state_dict(_mapped(source), model_options=options)
     return model if shift is None else with_shift(model, shift)
 
 
@@ -62,6 +67,25 @@ def reload_note(path: Path) -> tuple[str, ...]:
     return () if _stock_file(path) else (
         "Made of shards or of diffusers names: newer ComfyUIs cannot load such a MODEL from disk a second time, as some of their nodes want to. "
         "Should one complain, open this folder with WanLite Load Student, write it as one file with WanLite Save Student, and load that.",)
+
+
+def file_of(teacher: Teacher) -> Path | None:
+    """The model file that holds this teacher's weights as they are: unpatched, in the same dtype. Only those of its architecture are read."""
+    for path in filter(None, map(folders.model_path, folders.model_names())):
+        try:
+            with open_wan(path) as source:
+                if source.config == teacher.config and fingerprint_tensors(source.tensors()) == teacher.fingerprint:
+                    return path
+        except WanLiteError:
+            continue            # no WAN, or a quantised one
+    return None
+
+
+def _mapped(source: WanFile) -> dict[str, Tensor]:
+    """All tensors as ComfyUI's own loader has them, mapped: ComfyUI copies them into its model, and memory would hold both."""
+    maps = {path: mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) for path, file in source.files.items()}
+    return {name: torch.frombuffer(maps[place.path], dtype=DTYPES[place.entry.dtype], count=math.prod(place.entry.shape),
+                                   offset=place.entry.start).reshape(place.entry.shape) for name, place in source.places.items()}
 
 
 def _check(path: Path, file: Path) -> None:

@@ -1,10 +1,14 @@
-"""Running an engine's generator inside a node: its progress on the node, and ComfyUI's Cancel."""
+"""Running an engine's generator inside a node: its progress on the node, ComfyUI's Cancel, and the end of the process."""
 from __future__ import annotations
 
+import atexit
 import logging
+import signal
+import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, suppress
+from types import FrameType
 from typing import TypeVar
 
 import comfy.model_management
@@ -13,23 +17,30 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .routes import running_server
+
 log = logging.getLogger(__name__)
 Event = TypeVar("Event")
 Result = TypeVar("Result")
 
 PREVIEW_PIXELS = 512
+TOLD = "wanlite.told"       # the message with a sentence for a node
 UPDATES = 10        # a second at most: each one is a message to every browser
+DEADLY = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))     # end a process at once
 
 
 def drive(work: Generator[Event, None, Result], show: Callable[[Event], None]) -> Result:
     """Runs `work` to its end, gives `show` each event, and returns what it returns.
 
-    Cancel is looked for between events. It closes the generator, which saves what can be gone on with, and then raises ComfyUI's own
-    exception, so that the node counts as cancelled and not as failed. Nodes run in inference mode, which the engine must not.
+    Cancel, and the end of the process, are looked for between events. Both close the generator, which saves what can be gone on with, and
+    then raise ComfyUI's own exception, so that the node counts as cancelled and not as failed. Nodes run in inference mode, which the
+    engine must not.
     """
-    with torch.inference_mode(False), closing(work):
+    with torch.inference_mode(False), EndHeldBack() as held, closing(work):
         while True:
             comfy.model_management.throw_exception_if_processing_interrupted()
+            if held.wanted:
+                raise comfy.model_management.InterruptProcessingException
             try:
                 event = next(work)
             except StopIteration as end:
@@ -37,12 +48,73 @@ def drive(work: Generator[Event, None, Result], show: Callable[[Event], None]) -
             show(event)
 
 
+class EndHeldBack:
+    """While inside, the end of the process waits until this is left; `wanted` tells that it does.
+
+    Nodes run in a daemon thread. On Ctrl-C ComfyUI's main thread leaves its loop, and Python then stops such threads wherever they are; a
+    deadly signal stops all threads at once. The second Ctrl-C or signal does not wait.
+    """
+
+    def __init__(self) -> None:
+        self._exiting, self._left = threading.Event(), threading.Event()
+        self._caught: list[int] = []    # no event: a handler may run while this very thread holds an event's lock
+
+    @property
+    def wanted(self) -> bool:
+        return self._exiting.is_set() or bool(self._caught)
+
+    def __enter__(self) -> EndHeldBack:
+        atexit.register(self._wait)
+        _in_servers_thread(self._take_signals)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+        if self._exiting.is_set():
+            threading.Event().wait()        # for good: Python aborts when it ends while such a thread is in torch's code
+        atexit.unregister(self._wait)
+        _in_servers_thread(self._give_signals_back)
+        if self._caught:
+            signal.raise_signal(self._caught[0])
+
+    def _wait(self) -> None:
+        self._exiting.set()
+        log.info("WanLite: saving the job before ComfyUI ends. Ctrl-C again ends it at once, without what was done since the last save.")
+        with suppress(KeyboardInterrupt):
+            while not self._left.wait(0.5):     # in pieces: on Windows Ctrl-C comes through between waits only
+                pass
+
+    def _take_signals(self) -> None:
+        """Those that something else handles, or that are ignored as under nohup, are left alone."""
+        for number in DEADLY:
+            if signal.getsignal(number) == signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+                signal.signal(number, self._catch)
+
+    def _give_signals_back(self) -> None:
+        for number in DEADLY:
+            if signal.getsignal(number) == self._catch:
+                signal.signal(number, signal.SIG_DFL)
+
+    def _catch(self, number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        self._caught.append(number)
+        if self._left.is_set():         # it came too late for __exit__ to see it
+            signal.raise_signal(number)
+
+
+def _in_servers_thread(function: Callable[[], None]) -> None:
+    """Only the main thread may set signal handlers, and there the server's loop runs. Without a server nothing is done."""
+    server = running_server()
+    if server is not None:
+        server.loop.call_soon_threadsafe(function)
+
+
 class Bar:
     """The progress bar of one node; each stage fills it once, and its name goes to the log."""
 
     def __init__(self, node_id: str | None) -> None:
         self._bar = comfy.utils.ProgressBar(1, node_id=node_id)
-        self._stage, self._shown = "", 0.0
+        self._node_id, self._stage, self._shown = node_id, "", 0.0
 
     def show(self, stage: str, done: int, total: int) -> None:
         if stage != self._stage:
@@ -50,6 +122,13 @@ class Bar:
         if stage != self._stage or done >= total or time.monotonic() - self._shown > 1 / UPDATES:
             self._bar.update_absolute(done, max(1, total))
             self._stage, self._shown = stage, time.monotonic()
+
+    def tell(self, told: str) -> None:
+        """Shows a sentence on the node."""
+        log.info("WanLite: %s", told)
+        server = running_server()
+        if server is not None:
+            server.send_sync(TOLD, {"node": self._node_id, "text": told}, server.client_id)
 
     def preview(self, frame: Tensor) -> None:
         """Shows a picture [H, W, 3] in 0..1 on the node."""

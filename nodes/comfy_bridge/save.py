@@ -13,7 +13,7 @@ from ...wanlite_model.errors import WanLiteError
 from ...wanlite_model.formats.lora import stacked
 from ...wanlite_model.formats.place import check_name
 from ...wanlite_model.formats.write import SaveReport, Verified, save_lora, write_student
-from . import folders, memory
+from . import folders
 from .load import open_student
 from .verify import LORA_READER, record, verifier
 
@@ -26,7 +26,6 @@ def save(student: StudentHandle, name: str, *, layout: str, dtype: str, overwrit
         return _save_lora(student, folders.loras_folder() / f"{check_name(name)}.safetensors", DTYPES[dtype], overwrite)
     destination = folders.models_folder() / (f"{check_name(name)}.safetensors" if layout == "single file" else check_name(name))
     recorded = record(student, DTYPES[dtype])
-    memory.release()                                        # our copy is gone before ComfyUI makes its own
     return write_student(destination, config=student.config, tensors=_tensors(student), layout=layout, dtype=DTYPES[dtype], card=student.card,
                          verify=verifier(recorded), overwrite=overwrite, workflow_folder=folders.output_folder("workflows"))
 
@@ -37,7 +36,6 @@ def _save_lora(student: StudentHandle, destination: Path, dtype: torch.dtype, ov
         raise WanLiteError("This student is not a LoRA over its teacher: its blocks were cut, or all its weights were trained.", "",
                            "Save it as a folder or as a single file.")
     recorded = record(student, torch.float32)
-    memory.release()
     with student.open() as opened:
         lora = stacked(opened.loras)
 

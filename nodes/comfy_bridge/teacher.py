@@ -103,6 +103,9 @@ class ComfyTeacher:
             del baked
             yield name, yielded
 
+    def release(self) -> None:
+        """Nothing: ComfyUI moves it off the device when room is asked for."""
+
     @contextmanager
     def _mode(self) -> Iterator[None]:
         """The mode of the code that loaded the model, inference mode in a node: quantised weights of one cannot be used in the other."""

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +10,25 @@ import torch
 from torch import Tensor
 
 from ...wanlite_model.compress.handle import StudentHandle
-from ...wanlite_model.distill.adapters import adapter_size
+from ...wanlite_model.distill.checkpoint import RunFolder
 from ...wanlite_model.distill.data import check_latents, latents_fingerprint
-from ...wanlite_model.distill.events import Eval, Event, Finished, Sample, Stage, Step
+from ...wanlite_model.distill.events import Eval, Event, Finished, Planned, Sample, Stage, Step
+from ...wanlite_model.distill.finish import finished_from_disk
+from ...wanlite_model.distill.inputs import Inputs, prepare
 from ...wanlite_model.distill.job import DistillJob
+from ...wanlite_model.distill.levers import LeverSettings
 from ...wanlite_model.distill.presets import PRESETS
 from ...wanlite_model.distill.trainer import lora_fingerprint, run
 from ...wanlite_model.errors import WanLiteError
 from ...wanlite_model.formats.lora import Lora, read_lora
 from ...wanlite_model.formats.place import check_name
 from ...wanlite_model.prompts import PromptBank
-from . import folders, memory
+from . import folders, jobs, memory
 from .latents import shape_of, training_latents
+from .load import file_of
 from .runtime import Bar, drive, log
 from .teacher import ComfyTeacher
 
-BYTES_A_PARAMETER = {"AdamW": 24, "Muon": 17}       # fp32: weights, gradients, average; AdamW's two moments and its temporary, or Muon's one moment and a little
-FROZEN_BYTES = 2                # of a parameter under adapters
-ACTIVATIONS = 2 * 2**30
 LOADING = "loading the student"
 
 
@@ -46,13 +47,14 @@ class Training:
     @classmethod
     def of(cls, *, student: StudentHandle, model: Any, prompts: PromptBank, latent: dict, sigmas: Tensor | None, preset: str,
            changes: Mapping[str, Any], vae: Any, **settings: Any) -> Training:
-        """changes: to the preset's recipe, and a LoRA's name to start from. settings: of DistillJob. Raises WanLiteError when the parts do not
-        belong together.
+        """changes: to the preset's recipe, levers among them, and a LoRA's name to start from. settings: of DistillJob. Raises WanLiteError when the
+        parts do not belong together.
         """
         teacher = ComfyTeacher(model)
         its = teacher.config
         chosen, changes = PRESETS[preset], dict(changes)
         lora = changes.pop("start_from", None)
+        levers = LeverSettings(**{field.name: changes.pop(field.name) for field in fields(LeverSettings) if field.name in changes})
         start_from = None if lora is None else read_lora(folders.lora_path(lora), student.config)
         shape, latents = shape_of(latent, its.in_dim), training_latents(latent, model, its.in_dim)
         check_latents(latents, prompts)
@@ -60,7 +62,7 @@ class Training:
             raise WanLiteError(f"The preset '{preset}' is for one frame and the LATENT has {4 * (shape[1] - 1) + 1}.", "",
                                "Set length to 1 on the empty latent, or choose a preset for video.")
         job = DistillJob(student=student.fingerprint, teacher=teacher.fingerprint, prompts=prompts.fingerprint, shape=shape,
-                         shift=teacher.shift, latents=latents_fingerprint(latents), recipe=replace(chosen.recipe, **changes),
+                         shift=teacher.shift, latents=latents_fingerprint(latents), recipe=replace(chosen.recipe, **changes), levers=levers,
                          fold_guidance=chosen.fold_guidance, start_from="" if start_from is None else lora_fingerprint(start_from),
                          sigmas=None if sigmas is None else tuple(float(sigma) for sigma in sigmas), **settings)
         its_own = replace(job, sigmas=None).student_steps
@@ -78,17 +80,24 @@ class Training:
         told = f"The student was made for a teacher at cfg {meant:g}; this run asked its teacher at cfg {self.job.cfg:g}."
         return (*self.teacher.notes, *([told] if meant != self.job.cfg else []))
 
-    def run(self, folder: Path, cache: Path, node_id: str | None) -> Finished:
-        """Runs to the end, or goes on with what the folder holds. Raises WanLiteError, or ComfyUI's own exception on Cancel."""
+    def run(self, folder: Path, cache: Path, node_id: str | None) -> Finished | None:
+        """Runs to the end, or goes on with what the folder holds; with minutes 0 only prepares it, and returns what it ended with elsewhere, or None.
+
+        Raises WanLiteError, or ComfyUI's own exception on Cancel.
+        """
         check_name(folder.name, "a run")
-        bar, ended = Bar(node_id), []
+        bar, ended, budgets = Bar(node_id), [], []
 
         def show(event: Event) -> None:
             if isinstance(event, Stage):
-                if event.name == LOADING:
-                    memory.make_room(self._bytes())
+                if event.name == LOADING and budgets[-1].peaks is not None:
+                    memory.make_room(budgets[-1].peaks.device)
                 bar.show(event.name, event.done, event.total)
+            elif isinstance(event, Planned):
+                budgets.append(event.budget)
+                bar.tell(event.told)
             elif isinstance(event, Step):
+                job.trains = True
                 bar.show("training", event.step, event.total)
             elif isinstance(event, Eval):
                 log.info("WanLite: step %d, held-out error %.4f (to compare: %.4f)%s", event.step, event.held.error, event.plain_cut.error,
@@ -99,18 +108,20 @@ class Training:
                 ended.append(event)
 
         try:
-            drive(run(self.job, folder, cache, self.teacher, self.student, self.prompts, self.latents, samples=self.vae is not None,
-                      start_from=self.start_from), show)
+            with jobs.running(node_id) as job:
+                if self.job.minutes == 0:
+                    return self._prepare(RunFolder(folder), cache, bar)
+                drive(run(self.job, folder, cache, self.teacher, self.student, self.prompts, self.latents, should_finish=lambda: job.finish,
+                          samples=self.vae is not None, start_from=self.start_from), show)
         finally:
             memory.release()
         return ended[0]
 
-    def _bytes(self) -> int:
-        size, rank = memory.parameters(self.student.config), self.job.recipe.rank
-        if not rank:
-            return BYTES_A_PARAMETER[self.job.recipe.optimizer] * size + ACTIVATIONS
-        adapters = adapter_size(self.student.config, rank) * (2 if self.job.matching else 1)            # the critic has as many
-        return FROZEN_BYTES * size + BYTES_A_PARAMETER["AdamW"] * adapters + ACTIVATIONS
+    def _prepare(self, files: RunFolder, cache: Path, bar: Bar) -> Finished | None:
+        parts = Inputs(student=self.student, prompts=self.prompts, latents=self.latents, start_from=self.start_from)
+        work = prepare(files, self.job, parts, self.teacher, cache, lambda: file_of(self.teacher))
+        drive(work, lambda stage: bar.show(stage, 0, 1))
+        return finished_from_disk(files)
 
     def _frame(self, latents: Tensor) -> Tensor:
         """The middle frame [H, W, 3] of a sample [1, C, T, H, W] in processed space."""

@@ -1,12 +1,18 @@
-"""The whole job in a real server: stock loaders in, WanLite between, stock sampler and stock plot out; Cancel, and queue again."""
+"""The whole job in a real server: stock loaders in, WanLite between, stock sampler and stock plot out; Cancel, and queue again; the end
+of the server, and queue again; and an early end that is asked for.
+"""
 import json
+import os
+import signal
 
 import pytest
+import requests
 import torch
 from helpers_tiny import random_bank, random_wan
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from demo.comfy_server import ServerError
+from demo.comfy_server import ServerError, running_comfyui
 from wanlite_model.formats.read import open_wan
 
 MODEL_FILE = "http-teacher.safetensors"
@@ -15,10 +21,14 @@ BANK_FILE = "http-bank.safetensors"
 
 @pytest.fixture(scope="module")
 def files(server):
+    return put_files(server.base)
+
+
+def put_files(base):
     """A teacher in models/diffusion_models, and a prompt bank in input: no text encoder is needed."""
-    save_file(dict(random_wan(seed=3, ffn_dim=128).state_dict()), server.base / "models/diffusion_models" / MODEL_FILE)
-    random_bank(2).save(server.base / "input" / BANK_FILE)
-    return server.base
+    save_file(dict(random_wan(seed=3, ffn_dim=128).state_dict()), base / "models/diffusion_models" / MODEL_FILE)
+    random_bank(2).save(base / "input" / BANK_FILE)
+    return base
 
 
 def graph(run_name, steps, **distil):
@@ -55,10 +65,10 @@ def with_outputs(prompt, name):
     }
 
 
-def rows(base, run_name):
+def rows(base, run_name, kind="step"):
     log = next((base / "output/wanlite/runs" / run_name).glob("*.jsonl"))
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    return [line["step"] for line in lines if line["kind"] == "step"]
+    return [line["step"] for line in lines if line["kind"] == kind]
 
 
 def test_the_whole_job_runs_and_the_saved_student_is_a_stock_model(server, files):
@@ -111,6 +121,62 @@ def test_cancel_and_queue_again_continues_at_the_step_where_it_stopped(server, f
     assert shown[0] == len(done) + 1
     again = rows(files, "cancelled")
     assert again == list(range(1, len(again) + 1)) and len(again) > len(done)
+
+
+def train_until(server, prompt_id, step, total=400):
+    """Follows a queued prompt until that many steps are shown to be done; returns the first that was shown."""
+    first = None
+    for event in server.events(prompt_id):
+        if event["type"] == "progress" and event["data"]["max"] == total:
+            first = first or event["data"]["value"]
+            if event["data"]["value"] >= step:
+                return first
+    raise AssertionError(f"the prompt ended before step {step}")
+
+
+def ask_to_finish(server, node_id):
+    """(status, answer) of what the button Finish now sends."""
+    with requests.Session() as session:
+        session.trust_env = False               # a proxy of the environment must not see it
+        answer = session.post(f"{server.url}/wanlite/finish", json={"node_id": node_id}, timeout=60)
+    return answer.status_code, answer.json()
+
+
+def test_finish_now_ends_the_training_with_the_best_so_far_and_the_graph_goes_on(server, files):
+    queued = server.queue(with_outputs(graph("early", 400), "http-early"))
+    train_until(server, queued, 5)
+    assert ask_to_finish(server, "distil") == (200, {"finishing": True})
+    outputs = server.outputs(queued)
+    done = rows(files, "early")
+    assert done == list(range(1, len(done) + 1)) and 5 <= len(done) < 400
+    assert "plain cut" in outputs["report"]["text"][0] and "verified" in outputs["save"]["text"][0] and outputs["chart"]["images"]
+    assert rows(files, "early", "eval")[-1] == len(done)                # what was trained last is measured, and is it when it is the best
+
+
+def test_a_finish_that_no_job_waits_for_is_refused_and_does_not_end_the_next(server, files):
+    status, answer = ask_to_finish(server, "distil")
+    assert status == 404 and "at node distil now" in answer["error"]
+    queued = server.queue(graph("whole length", 40))
+    train_until(server, queued, 3, total=40)
+    assert ask_to_finish(server, "create")[0] == 404
+    server.outputs(queued)
+    assert rows(files, "whole length") == list(range(1, 41))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without telling it")
+def test_a_server_that_is_ended_saves_the_job_and_the_next_one_goes_on(comfyui_folder, tmp_path):
+    """Nothing else can have saved it: a checkpoint is written every ten minutes."""
+    prompt, saved, checkpoint = graph("ended", 400), 0, tmp_path / "output/wanlite/runs/ended/checkpoint.safetensors"
+    prompt["create"]["inputs"].update(method="interleaved", block_steps=0)
+    for number, code in ((signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 0)):
+        with running_comfyui(comfyui_folder, tmp_path, ("--cpu",)) as server:
+            put_files(tmp_path)
+            assert train_until(server, server.queue(prompt), saved + 5) == saved + 1
+            server._process.send_signal(number)
+            assert server._process.wait(timeout=60) == code
+        with safe_open(checkpoint, "pt") as stored:
+            saved, before = json.loads(stored.metadata()["wanlite.state"])["step"], saved
+        assert saved == rows(tmp_path, "ended")[-1] >= before + 5
 
 
 def test_a_bank_spares_the_text_encoder_and_a_new_prompt_asks_for_it(server, files):

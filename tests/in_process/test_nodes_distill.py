@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers_bridge import call, empty_latent, relative, state, tree
+from helpers_bridge import call, empty_latent, lora, relative, state, tree
 from helpers_tiny import random_bank, random_wan
 from safetensors.torch import load_file, save_file
 
@@ -92,7 +92,7 @@ def test_a_cancelled_run_goes_on_and_lands_on_the_same_weights(comfyui, distil, 
     with monkeypatch.context() as patched:
         patched.setattr(runtime.Bar, "show", note)
         resumed, *_ = distil("cancelled")
-    assert trained_steps == [4, 5, 6]                                                     # the three that were done are not done again
+    assert set(trained_steps) == {3, 4, 5, 6}                                             # the three that were done are not done again
     assert rows(comfyui, "cancelled") == [1, 2, 3, 4, 5, 6]
     assert straight.fingerprint == resumed.fingerprint
     one, other = trained(comfyui, "straight"), trained(comfyui, "cancelled")
@@ -104,8 +104,9 @@ def test_a_finished_run_comes_back_from_disk_and_another_job_does_not_take_its_n
     before = tree(comfyui.base / "output/wanlite/runs/finished")
     again = distil("finished")
     assert again[0] == first[0] and again[2] == first[2] and again[3] == first[3]
-    with refused("steps=6, not 7"):
-        distil("finished", steps=7)
+    assert distil("finished", steps=3)[0] == first[0]               # it has as many already
+    with refused("cfg=3.0, not 4.0"):
+        distil("finished", cfg=4.0)
     after = tree(comfyui.base / "output/wanlite/runs/finished")
     assert {name: size for name, size in after.items() if "lock" not in name} == {n: s for n, s in before.items() if "lock" not in n}
 
@@ -220,7 +221,59 @@ def test_the_recipe_node_changes_what_was_set_and_leaves_the_preset_the_rest(pac
     assert call(node)[0] == {}
     assert call(node, learning_rate=1e-3, rank=0, renoised=0.0)[0] == {"learning_rate": 1e-3, "rank": 0, "renoised": 0.0}
     shown = {widget.id: widget for widget in node.GET_SCHEMA().inputs}
-    assert tuple(shown["objective"].options[1:]) == engine.OBJECTIVES and set(shown) == {"start_from", *(f.name for f in dataclasses.fields(engine.Recipe))}
+    assert tuple(shown["objective"].options[1:]) == engine.OBJECTIVES and set(shown) == {
+        "start_from", *(f.name for f in dataclasses.fields(engine.Recipe)), *(f.name for f in dataclasses.fields(engine.LeverSettings))}
+    assert call(node, checkpointing="on", frozen_float8="off", swapped_blocks=0)[0] == {"checkpointing": True, "frozen_float8": False, "swapped_blocks": 0}
+
+
+def test_a_finished_run_that_is_asked_for_more_goes_on(comfyui, distil):
+    first = distil("longer", steps=4)
+    second = distil("longer", steps=6)
+    assert rows(comfyui, "longer") == [1, 2, 3, 4, 5, 6] and second[0] != first[0]
+
+
+def test_levers_that_are_set_are_pulled_and_start_no_new_run(comfyui, distil, recipe, start):
+    distil("levers", steps=3)
+    distil("levers", steps=6, recipe={**recipe, "checkpointing": True, "optimizer_8bit": True})
+    told = json.loads((comfyui.base / "output/wanlite/runs/levers/job.json").read_text(encoding="utf-8"))
+    assert told["levers"]["checkpointing"] and told["levers"]["optimizer_8bit"] and rows(comfyui, "levers") == [1, 2, 3, 4, 5, 6]
+    assert any(name.startswith("root.") for name in trained(comfyui, "levers"))
+
+
+def test_a_job_that_fits_nowhere_is_refused_before_anything_is_asked_and_told_what_fits(comfyui, distil, recipe, refused):
+    long = empty_latent(64, 64, 161)
+    with refused(r"MiB of the 30 MiB that are free.*Set the LATENT's length to \d+ frames: that fits"):
+        distil("too much", latent=long, recipe={**recipe, "gpu_gib": 30 / 1024})
+    assert not (comfyui.base / "output/wanlite/runs/too much/checkpoint.safetensors").exists()
+
+
+def test_minutes_0_prepares_a_run_that_goes_on_without_comfyui_and_comes_back(comfyui, teacher, distil, pack, monkeypatch):
+    """The teacher carries a LoRA: what lies in the folder afterwards has it in its weights."""
+    patched = lora(teacher, 0.5)
+    start = call(pack("nodes.student").WanLiteCreateStudent, model=patched, prompts=BANK, latent=LATENT, preset="1/2 of the blocks", method="interleaved",
+                 depth=0, ffn_dim=0, keep_map="", block_steps=0, probe_seed=0)[0]
+    assert distil("away", model=patched, student=start, minutes=0.0) is None                # nothing goes on from it
+    folder = comfyui.base / "output/wanlite/runs/away"
+    assert (folder / "teacher").is_dir() and (folder / "start").is_dir() and not (folder / "metrics.jsonl").exists()
+    with torch.inference_mode(False):
+        assert pack("wanlite_model.cli").main(["run", str(folder), "--device", "cpu"]) == 0
+    student, *_ = distil("away", model=patched, student=start, minutes=0.0)
+    assert student.folder == str(folder / "student-6") and rows(comfyui, "away") == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_teacher_whose_file_is_there_is_named_and_not_copied(comfyui, distil, pack, student, start):
+    save_file({name: tensor.clone() for name, tensor in student.state_dict().items()}, comfyui.base / "models/diffusion_models/the-teacher.safetensors")
+    model = call(pack("nodes.teacher").WanLiteLoadTeacher, name="the-teacher.safetensors")[0]
+    assert distil("named", model=model, minutes=0.0) is None
+    told = json.loads((comfyui.base / "output/wanlite/runs/named/job.json").read_text(encoding="utf-8"))
+    assert told["teacher"]["path"].endswith("the-teacher.safetensors") and not (comfyui.base / "output/wanlite/runs/named/teacher").exists()
+
+
+def test_runs_and_answers_lie_where_extra_model_paths_puts_them(comfyui, pack, tmp_path, monkeypatch):
+    import folder_paths
+    folders = pack("nodes.comfy_bridge.folders")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "wanlite_cache", ([str(tmp_path)], set()))
+    assert folders.output_folder("cache") == tmp_path and folders.output_folder("runs").parent.name == "wanlite"
 
 
 def test_a_preset_that_makes_a_lora_ends_in_a_file_for_the_stock_lora_loader(comfyui, teacher, distil, pack, refused):

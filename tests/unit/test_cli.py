@@ -43,7 +43,7 @@ class Prepared:
 
     def prepare(self, name, file=None, **changes):
         for _ in inputs.prepare(RunFolder(self.folder / name), self.job(**changes), Inputs(student=self.student, prompts=self.bank), self.teacher,
-                                self.folder / f"cache of {name}", file):
+                                self.folder / f"cache of {name}", lambda: file):
             pass
         return self.folder / name
 

@@ -29,7 +29,10 @@ class Opened:
     loras: tuple[Lora, ...]
 
     def tensors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of the whole student, or of these names, one at a time and in the file's dtypes; what a LoRA changes is in fp32, not rounded."""
+        """(name, tensor) of the whole student, or of these names, one at a time and in the file's dtypes.
+
+        What a LoRA changes is in fp32, not rounded.
+        """
         found = self.source.tensors(names)
         for lora in self.loras:
             found = lora.merged(found)

@@ -81,10 +81,15 @@ class Budget:
     def told(self) -> str:
         """For the node and the log."""
         memory = "The memory that this job takes could not be predicted" if self.peaks is None else (
-            f"Memory: {self.peaks.device / GIB:.1f} of {self.machine.device / GIB:.1f} GiB"
-            + (f", and {self.peaks.ram / GIB:.1f} of {self.machine.ram / GIB:.1f} GiB beside the card" if self.peaks.ram else ""))
-        return (f"{memory}. To save memory: {self.rungs[0].told()}. Disk: {self.run / GIB:.1f} GiB for the run. "
+            f"Memory: {amount(self.peaks.device)} of {amount(self.machine.device)}"
+            + (f", and {amount(self.peaks.ram)} of {amount(self.machine.ram)} beside the card" if self.peaks.ram else ""))
+        return (f"{memory}. To save memory: {self.rungs[0].told()}. Disk: {amount(self.run)} for the run. "
                 f"About {self.step_seconds:.2g} s a step.")
+
+
+def amount(size: int) -> str:
+    """Bytes as a person reads them."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 2 else f"{size / 2**20:.0f} MiB"
 
 
 def this_machine(device: torch.device, run: Path, cache: Path, settings: LeverSettings = LeverSettings()) -> Machine:
@@ -126,8 +131,8 @@ def plan(job: DistillJob, config: WanConfig, machine: Machine, device: torch.dev
 
 
 def _refused(job: DistillJob, config: WanConfig, machine: Machine, peaks: Peaks, peaks_of: Callable[[DistillJob, WanConfig], Peaks]) -> WanLiteError:
-    where = "" if peaks.ram <= SPARE * machine.ram else f", and {peaks.ram / GIB:.1f} GiB of memory beside it, of which {machine.ram / GIB:.1f} are free"
-    found = f"This job takes {peaks.device / GIB:.1f} GiB of the {machine.device / GIB:.1f} GiB that are free on the device{where}, whatever is done to save memory."
+    beside = "" if peaks.ram <= SPARE * machine.ram else f", and {amount(peaks.ram)} of the computer's memory, of which {amount(machine.ram)} are free"
+    found = f"This job takes {amount(peaks.device)} of the {amount(machine.device)} that are free on the device{beside}, whatever is done to save memory."
     frames = job.shape[1]
     fewer = [replace(job, shape=(job.shape[0], t, *job.shape[2:])) for t in range(1, frames)]
     most = bisect.bisect_left(fewer, True, key=lambda job: not peaks_of(job, config).fit(machine))          # fewer frames take less
@@ -175,7 +180,7 @@ def run_bytes(peaks: Peaks, config: WanConfig, job: DistillJob) -> int:
 def check_disk(needed: int, free: int, place: Path, what: str) -> None:
     """Raises WanLiteError when a drive lacks room."""
     if needed > free:
-        raise WanLiteError(f"{what} takes {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free on the drive of {place.name!r}.", "",
+        raise WanLiteError(f"{what} takes {amount(needed)} on disk, and {amount(free)} are free on the drive of {place.name!r}.", "",
                            "Free space there, or take fewer prompts or frames.")
 
 
@@ -207,7 +212,8 @@ def _predicted(job: DistillJob, config: WanConfig, levers: Levers, device_type: 
     device, prompts = torch.device(device_type), _prompts_of(longest)
     with dry_run(device_type) as count:
         state = _dry_state(job, config, levers, device, lora or Lora(factors={}))
-        _dry_step(job, state, prompts, device)
+        for size in (1, job.recipe.batch_size):         # an optimizer has its moments from the second step on
+            _dry_step(job, state, prompts, device, size)
         saved = size_of(state)
         _dry_evaluation(job, state, prompts)
         return Peaks(device=count.peak(device_type), ram=0 if device_type == "cpu" else count.peak("cpu"), saved=saved)
@@ -224,8 +230,8 @@ def _dry_state(job: DistillJob, config: WanConfig, levers: Levers, device: torch
 
 
 @trains
-def _dry_step(job: DistillJob, state: TrainState, prompts: PromptBank, device: torch.device) -> None:
-    learner = Learner(job=job, student=state.student, prompts=prompts, online=None, device=device, draw=lambda _: dry_batch(job))
+def _dry_step(job: DistillJob, state: TrainState, prompts: PromptBank, device: torch.device, size: int) -> None:
+    learner = Learner(job=job, student=state.student, prompts=prompts, online=None, device=device, draw=lambda _: _batch(job.shape, size))
     for _ in learner.gradients(0, 1):
         pass
     clip_grad_norm_(state.trained.values(), job.recipe.max_grad_norm)
@@ -245,8 +251,6 @@ def _prompts_of(length: int) -> PromptBank:
     return PromptBank(prompts=("",), contexts=(context,), negative_text="", negative=context[:1])
 
 
-def dry_batch(job: DistillJob) -> Batch:
-    """A batch of the job's size, whatever is in it."""
-    size = job.recipe.batch_size
-    x = torch.empty(size, *job.shape)
+def _batch(shape: tuple[int, int, int, int], size: int) -> Batch:
+    x = torch.empty(size, *shape)
     return Batch(x=x, sigma=torch.ones(size), v_pos=torch.empty_like(x), prompts=(0,) * size)

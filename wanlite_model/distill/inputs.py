@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,20 +50,24 @@ def keep(files: RunFolder, inputs: Inputs, teacher: Teacher, cache_root: Path) -
     files.note("student", inputs.student.to_json(), teacher=its, cache=str(Path(cache_root).absolute()))
 
 
-def prepare(files: RunFolder, job: DistillJob, inputs: Inputs, teacher: Teacher, cache_root: Path, file: Path | None) -> Iterator[str]:
+def prepare(files: RunFolder, job: DistillJob, inputs: Inputs, teacher: Teacher, cache_root: Path, file_of: Callable[[], Path | None] = lambda: None
+            ) -> Iterator[str]:
     """Makes the folder complete: with the student's start, and the teacher. Yields what it does next.
 
-    file: the WAN file that the teacher was opened from, where nothing was changed since; without one its weights are written here, patches
-    merged and dequantised. Raises WanLiteError when the folder is another job's or cannot be written; what was there stays as it was.
+    file_of: finds the WAN file that holds the teacher's weights as they are; where there is none they are written here, patches merged and
+    dequantised. Raises WanLiteError when the folder is another job's or cannot be written; what was there stays as it was.
     """
     with files.opened(job):
         keep(files, inputs, teacher, cache_root)
         yield "copying the start"
         _copy_start(files.path / START, inputs.student)
         noted = files.noted("teacher")
-        if file is not None:
+        if noted.keys() & {"path", "merged"}:
+            return
+        yield "looking for the teacher's file"
+        if (file := file_of()) is not None:
             files.note("teacher", {**noted, "path": str(file)})
-        elif "merged" not in noted:
+        else:
             yield "writing the teacher"
             place = write_student(files.path / TEACHER, config=teacher.config, tensors=teacher.weights(), overwrite=True).path
             merged = FileTeacher(place, shift=job.shift, device=torch.device("cpu")).fingerprint
