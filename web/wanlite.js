@@ -1,4 +1,4 @@
-// The button "Finish now" on WanLite Distill.
+// The button "Finish now" on WanLite Distill, and what its job takes, as told before the first step.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
@@ -26,6 +26,19 @@ async function finish(node) {
         : { severity: "warn", summary: "Not finished", detail: answer.error, life: 8000 });
 }
 
+/** A place below the widgets for what the running job says of itself. Never saved, of one height. */
+function addTold(node) {
+    const element = document.createElement("div");
+    element.className = "wanlite-told";
+    element.style.cssText = "font: 11px sans-serif; opacity: 0.8; overflow: auto; height: 100%; white-space: pre-wrap;";
+    const widget = node.addDOMWidget("wanlite_told", "div", element, { serialize: false, getMinHeight: () => 54, getMaxHeight: () => 54 });
+    widget.serialize = false;
+    const show = ({ detail }) => { if (executionIds(node).includes(detail.node)) element.textContent = detail.text; };
+    api.addEventListener("wanlite.told", show);
+    const removed = node.onRemoved;
+    node.onRemoved = function (...given) { api.removeEventListener("wanlite.told", show); return removed?.apply(this, given); };
+}
+
 app.registerExtension({
     name: "WanLite.FinishNow",
     nodeCreated(node) {
@@ -33,5 +46,6 @@ app.registerExtension({
         const button = node.addWidget("button", "Finish now", null, () => finish(node), { serialize: false }); // never in a prompt
         button.serialize = false; // nor among the saved values, which belong to widgets by their position
         button.tooltip = TOOLTIP;
+        addTold(node);
     },
 });

@@ -123,7 +123,7 @@ class Shelf:
         told = hashlib.sha256(f"{self.key} {number} {tuple(context.shape)} {tuple(negative.shape)}".encode())
         for tensor in (context, negative):
             told.update(tensor.float().contiguous().numpy().tobytes())
-        return folders.output_folder("cache", "compare") / f"{told.hexdigest()[:24]}.safetensors"
+        return folders.output_folder("cache") / "compare" / f"{told.hexdigest()[:24]}.safetensors"
 
 
 def _read(place: Path) -> Clip | None:

@@ -43,7 +43,9 @@ def graph(run_name, steps, **distil):
         "create": node("WanLiteCreateStudent", model=["shift", 0], prompts=["prompts", 0], latent=["latent", 0], preset="1/2 of the blocks", depth=0,
                        ffn_dim=0, keep_map="", method="greedy", block_steps=3, refit="mean", cfg=3.0, probe_seed=0),
         "recipe": node("WanLiteRecipe", objective="velocity", rank=0, start_from="none", student_steps=0, own_states=-1.0, optimizer="AdamW", learning_rate=2e-3, batch_size=2, warmup=1, max_grad_norm=1.0, weight_decay=0.0,
-                       ema_decay=0.5, teacher_steps=2, renoised=0.5, full_range=0.25, evaluations=2, save_every=10.0),
+                       ema_decay=0.5, teacher_steps=2, renoised=0.5, full_range=0.25, evaluations=2, save_every=10.0, checkpointing="auto",
+                       checkpoints_on_cpu="auto", frozen_float8="auto", optimizer_8bit="auto", swapped_blocks=-1, gpu_gib=0.0, ram_gib=0.0,
+                       disk_gib=0.0, cache_gib=0.0, runs_gib=0.0),
         "distil": node("WanLiteDistill", **{"student": ["create", 0], "model": ["shift", 0], "prompts": ["prompts", 0], "latent": ["latent", 0],
                                             "recipe": ["recipe", 0], "preset": "slim", "cfg": 3.0, "minutes": 5.0, "steps": steps,
                                             "run_name": run_name, "train_seed": 0, **distil}),
@@ -118,7 +120,7 @@ def test_cancel_and_queue_again_continues_at_the_step_where_it_stopped(server, f
                 server.interrupt()
                 break
     server.wait(second)
-    assert shown[0] == len(done) + 1
+    assert shown[0] in (len(done), len(done) + 1)               # shown while the next step is made, and once it is
     again = rows(files, "cancelled")
     assert again == list(range(1, len(again) + 1)) and len(again) > len(done)
 
@@ -128,7 +130,7 @@ def train_until(server, prompt_id, step, total=400):
     first = None
     for event in server.events(prompt_id):
         if event["type"] == "progress" and event["data"]["max"] == total:
-            first = first or event["data"]["value"]
+            first = event["data"]["value"] if first is None else first
             if event["data"]["value"] >= step:
                 return first
     raise AssertionError(f"the prompt ended before step {step}")
@@ -171,7 +173,7 @@ def test_a_server_that_is_ended_saves_the_job_and_the_next_one_goes_on(comfyui_f
     for number, code in ((signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 0)):
         with running_comfyui(comfyui_folder, tmp_path, ("--cpu",)) as server:
             put_files(tmp_path)
-            assert train_until(server, server.queue(prompt), saved + 5) == saved + 1
+            assert train_until(server, server.queue(prompt), saved + 5) in (saved, saved + 1)
             server._process.send_signal(number)
             assert server._process.wait(timeout=60) == code
         with safe_open(checkpoint, "pt") as stored:

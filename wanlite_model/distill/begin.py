@@ -18,7 +18,7 @@ from .data import seeded
 from .frozen import hold_in_float8
 from .job import DistillJob
 from .levers import Levers
-from .optim import WeightAverage, is_matrix, make_optimizer
+from .optim import Released, WeightAverage, is_matrix, make_optimizer
 from .swap import swap_blocks
 
 def fresh_state(job: DistillJob, handle: StudentHandle, teacher: Teacher, start_from: Lora | None, levers: Levers = Levers()) -> TrainState:
@@ -56,8 +56,9 @@ def state_of(job: DistillJob, module: WanLiteStudent, begin: Lora, levers: Lever
     own = dict(module.named_parameters()) if adapters is None else adapters.parameters
     trained = {**own, **({} if critic is None else {f"critic.{name}": value for name, value in critic.parameters.items()})}
     average = WeightAverage(own, job.recipe.ema_decay, torch.device("cpu") if levers.optimizer_8bit else device)
-    return TrainState(student=module, adapters=adapters, critic=critic, trained=trained, average=average,
-                      optimizer=make_optimizer(trained, job.recipe, levers.optimizer_8bit, job.train_seed))
+    optimizer = make_optimizer(trained, job.recipe, levers.optimizer_8bit, job.train_seed)
+    released = Released(trained.values(), optimizer, job.recipe.max_grad_norm) if levers.gradient_release else None
+    return TrainState(student=module, adapters=adapters, critic=critic, trained=trained, average=average, optimizer=optimizer, released=released)
 
 
 def _merge(module: WanLiteStudent, lora: Lora) -> None:

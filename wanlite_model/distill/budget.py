@@ -234,8 +234,11 @@ def _dry_step(job: DistillJob, state: TrainState, prompts: PromptBank, device: t
     learner = Learner(job=job, student=state.student, prompts=prompts, online=None, device=device, draw=lambda _: _batch(job.shape, size))
     for _ in learner.gradients(0, 1):
         pass
-    clip_grad_norm_(state.trained.values(), job.recipe.max_grad_norm)
-    state.optimizer.step()
+    if state.released:
+        state.released.norm()
+    else:
+        clip_grad_norm_(state.trained.values(), job.recipe.max_grad_norm)
+        state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.average.update(0)
 

@@ -20,7 +20,7 @@ from ..formats.container import Writer
 from ..transformer import WanLiteStudent
 from .adapters import Adapters
 from .job import DistillJob, differences
-from .optim import WeightAverage, adapted
+from .optim import Released, WeightAverage, adapted
 
 WEIGHTS = ("student", "average")        # of the names in a checkpoint; the others are an optimizer's
 
@@ -29,7 +29,8 @@ WEIGHTS = ("student", "average")        # of the names in a checkpoint; the othe
 class TrainState:
     """What training changes. `step` counts finished optimizer steps.
 
-    trained: the parameters that move, by name: all of the student's, or its adapters' over a frozen student, and a critic's.
+    trained: the parameters that move, by name: all of the student's, or its adapters' over a frozen student, and a critic's. released: where they move
+    within backward.
     """
     student: WanLiteStudent
     trained: Mapping[str, nn.Parameter]
@@ -40,6 +41,7 @@ class TrainState:
     best_step: int = 0
     adapters: Adapters | None = None
     critic: Adapters | None = None
+    released: Released | None = None
 
 
 class RunFolder:

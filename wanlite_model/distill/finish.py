@@ -19,6 +19,7 @@ from .data import TeacherCache, state_counts
 from .evaluate import Held
 from .events import Finished
 from .job import DistillJob
+from .levers import Levers
 
 
 PLAIN_CUT, UNGUIDED = "plain cut of the same size", "teacher without guidance"
@@ -48,7 +49,7 @@ def write_finished(job: DistillJob, files: RunFolder, start: StudentHandle, teac
         write_lora(lora, Lora(factors=state.adapters.factors(best), diffs=state.adapters.diffs), card=card)
         before = () if job.matching else start.loras        # it took the LoRA's place
         handle = replace(start, loras=(*before, str(lora)), fingerprint=fingerprint_tensors(best.items(), start.fingerprint), card=card)
-    files.note("finished", {"handle": handle.to_json(), "report": _report(job, measured, state, planned, cache, prompts), "step": state.step, "asked": asked,
+    files.note("finished", {"handle": handle.to_json(), "report": _report(job, measured, state, planned, cache, prompts, Levers(**files.noted("levers"))), "step": state.step, "asked": asked,
                             "plain_cut": measured.plain.error, "yardstick": measured.yardstick})
     return finished_from_disk(files)
 
@@ -93,7 +94,7 @@ def unasked(cache: TeacherCache, prompts: PromptBank) -> str:
     return f"Only {used} of the {len(prompts)} prompts are used: {why}"
 
 
-def _report(job: DistillJob, measured: Measured, state: TrainState, planned: int, cache: TeacherCache, prompts: PromptBank) -> str:
+def _report(job: DistillJob, measured: Measured, state: TrainState, planned: int, cache: TeacherCache, prompts: PromptBank, levers: Levers) -> str:
     """Held-out numbers first; a falling training loss proves nothing."""
     target = f"the teacher at cfg {job.cfg:g}"
     held, plain, started = measured.best, measured.plain, measured.start
@@ -124,6 +125,8 @@ def _report(job: DistillJob, measured: Measured, state: TrainState, planned: int
         lines.insert(3, f"Guidance folded in{way}. The negative prompt has no effect on this student.")
     if told := unasked(cache, prompts):
         lines.append(told)
+    if levers != Levers():
+        lines.append(f"To save memory: {levers.told()}.")
     if not job.guided and not job.grid_only:
         lines.append(f"The teacher was asked without guidance, along {job.path_steps} steps. One that was made for few steps has to be asked along its own: "
                      "set teacher_steps in WanLite Recipe.")

@@ -30,6 +30,15 @@ class Learner:
     draw: Callable[[int], Batch]
     pairs: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def parts(self) -> int:
+        """That a batch goes through in."""
+        return -(-self.job.recipe.batch_size // self._size)
+
+    @property
+    def _size(self) -> int:
+        return max(1, TOKENS_A_PASS // tokens(self.job.shape))
+
     def gradients(self, step: int, total: int) -> Iterator[Tensor | None]:
         """Those of one batch, in parts that fit; into which parts changes the velocity loss by rounding only.
 
@@ -38,10 +47,9 @@ class Learner:
         batch = yield from self.rolled(self.draw(step))
         contexts, targets = self._targets(batch, step)
         scale = targets.square().mean().to(self.device)
-        size = max(1, TOKENS_A_PASS // tokens(self.job.shape))
         summed = torch.zeros((), device=self.device)
-        for start in range(0, len(batch.x), size):
-            part = slice(start, start + size)
+        for start in range(0, len(batch.x), self._size):
+            part = slice(start, start + self._size)
             loss = self._loss(batch[part], contexts[part], targets[part], scale, 1 - step / total) * (len(contexts[part]) / len(batch.x))
             yield None
             loss.backward()

@@ -103,6 +103,36 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return x.to(matrices.dtype)
 
 
+class Released:
+    """Weights that move as soon as their gradient is there, in the middle of backward, after which it is freed: never are all of them in memory.
+
+    The norm of all is not known then: each tensor's own is held at `most`. A batch that goes through in parts moves them with each part.
+    """
+
+    def __init__(self, trained: Iterable[nn.Parameter], optimizer: AdamW8, most: float) -> None:
+        self.optimizer, self.most, self.norms = optimizer, most, []
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(self._move)
+
+    @property
+    def moved(self) -> bool:
+        """Whether some weights have moved since `norm` was asked for."""
+        return bool(self.norms)
+
+    @torch.no_grad()
+    def _move(self, parameter: Tensor) -> None:
+        norm = parameter.grad.norm()
+        self.norms.append(norm)
+        parameter.grad.mul_((self.most / (norm + 1e-6)).clamp(max=1.0))
+        self.optimizer.step_parameter(parameter)
+        parameter.grad = None
+
+    def norm(self) -> Tensor:
+        """That of all gradients of the step that is over."""
+        norms, self.norms = self.norms, []
+        return torch.stack(norms).norm()
+
+
 def lr_at(step: int, total: int, recipe: Recipe) -> float:
     """Linear warm-up, then a cosine down to a tenth of the peak (SGDR, Loshchilov & Hutter 2017, without restarts)."""
     warmup = min(recipe.warmup, total // 5)

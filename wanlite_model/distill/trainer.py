@@ -26,7 +26,7 @@ from ..prompts import PromptBank
 from ..teacher import AbsentTeacher, Teacher, fingerprint_tensors
 from . import inputs
 from .begin import few_step_lora, fresh_state, online_teacher
-from .budget import Budget, Machine, capped, check_disk, plan, this_machine
+from .budget import GIB, Budget, Machine, capped, check_disk, plan, this_machine
 from .checkpoint import RunFolder, TrainState, size_of
 from .data import Ahead, Damaged, TeacherCache, check_latents, plan_units, seeded, student_sigmas
 from .evaluate import Held, evaluate, roll
@@ -41,6 +41,7 @@ from .levers import Levers
 from .matching import Matching
 from .modes import trains
 from .objectives import feature_pairs
+from .room import clear_cache, clear_runs, in_use, touch
 
 log = logging.getLogger(__name__)
 Read = TypeVar("Read")
@@ -70,8 +71,9 @@ def run(job: DistillJob, folder: Path, cache_root: Path, teacher: Teacher, stude
 def fill(job: DistillJob, cache_root: Path, teacher: Teacher, parts: Inputs, shard: tuple[int, int] = (0, 1)) -> Iterator[Stage]:
     """Asks the teacher all that a job with a number of steps asks it, or one part of n: shard (i, n)."""
     whole = TeacherCache(cache_root, job, plan_units(job, parts.prompts, parts.latents))
-    for done, total in whole.needed.fill(teacher, parts.prompts, parts.latents, shard):
-        yield Stage(name="asking the teacher", done=done, total=total)
+    with in_use(cache_root):
+        for done, total in whole.needed.fill(teacher, parts.prompts, parts.latents, shard):
+            yield Stage(name="asking the teacher", done=done, total=total)
 
 
 @dataclass
@@ -91,7 +93,7 @@ class Run:
 
     def events(self) -> Iterator[Event]:
         self._check()
-        self.began, self.whole = time.monotonic(), True         # whole: the state is that after a step, not in one
+        self.began, self.unbroken, self.state = time.monotonic(), True, None
         with self.files.opened(self.job):
             inputs.keep(self.files, Inputs(student=self.handle, prompts=self.prompts, latents=self.latents, start_from=self.start_from), self.teacher,
                         self.cache_root)
@@ -99,7 +101,8 @@ class Run:
                 yield ended
                 return
             try:
-                yield from self._work()
+                with in_use(self.cache_root):
+                    yield from self._work()
             except OSError as error:
                 raise WanLiteError(f"Run {self.files.path.name!r} could not be written or read ({error}).", "What was saved before is intact.",
                                    "Free disk space, or see to the drive it is on, and queue the same again: it goes on from there.") from error
@@ -124,7 +127,9 @@ class Run:
         lora = few_step_lora(self.job, self.handle, self.teacher, self.start_from) if self.job.matching else self.start_from
         budget = plan(self.job, self.handle.config, machine, device, self.prompts, lora, None if noted is None else Levers(**noted))
         kept = sum(file.stat().st_size for file in (self.files.checkpoint, self.files.best) if file.exists())
-        check_disk(budget.run - kept, machine.run_disk, self.files.path, "This run")
+        limit = int(self.job.levers.runs_gib * GIB)
+        freed = clear_runs(self.files.path.parent, limit, self.files.path, budget.run - kept) if limit else 0
+        check_disk(budget.run - kept, machine.run_disk + freed, self.files.path, "This run")
         return budget
 
     def _fits(self) -> Generator[Event, None, bool]:
@@ -141,7 +146,7 @@ class Run:
                                    f"Everything up to the {'last step' if self.whole else 'last checkpoint'} is kept.",
                                    "Type a new run name, and lower the frames or the size of the LATENT, or keep fewer blocks.") from error
         self.state = self.online = self.learner = None
-        self.whole = True
+        self.unbroken = True
         gc.collect()
         if self.teacher.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -256,6 +261,7 @@ class Run:
             yield from self._trial(i)
             seconds.append(time.monotonic() - begun)
         self.state.optimizer.state.clear()              # as before step 0
+        self.unbroken = True
         begun = time.monotonic()
         yield from self._evaluate("measuring the speed")
         if self.samples:
@@ -272,9 +278,16 @@ class Run:
         filled = self._cache(first if now is None else now, first)
         if told := unasked(filled, self.prompts):
             log.warning("WanLite: %s", told)
-        check_disk(filled.needed.missing_bytes, self.budget.machine.cache_disk, self.cache_root, "What the teacher is still to be asked")
+        self._make_room(filled)
         yield from self._ask(filled.needed)
         return filled
+
+    def _make_room(self, cache: TeacherCache) -> None:
+        """Clears what the limits allow no longer. Raises WanLiteError when the drive lacks room even so."""
+        units, missing, settings = [cache.path(unit) for unit in cache.units], cache.needed.missing_bytes, self.job.levers
+        touch(units)
+        freed = clear_cache(self.cache_root, int(settings.cache_gib * GIB), units, missing) if settings.cache_gib else 0
+        check_disk(missing, self.budget.machine.cache_disk + freed, self.cache_root, "What the teacher is still to be asked")
 
     def _cache(self, most: int | None, first: int | None = None) -> TeacherCache:
         job = self.job if most is None or first is None else replace(self.job, steps=0)         # then it is no longer the steps that decide how many
@@ -424,7 +437,7 @@ class Run:
         begun, state, leg = time.monotonic(), self.state, self.course.at(self.state.step)
         lr = leg.lr(state.step, self.job.recipe)
         for group in state.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr / self.learner.parts if state.released else lr
         try:
             with closing(self._gradients(state.step, leg.last)) as passes:
                 for loss in passes:
@@ -438,7 +451,7 @@ class Run:
         finally:
             state.optimizer.zero_grad(set_to_none=True)
         state.average.update(state.step)
-        state.step, self.whole = state.step + 1, True
+        state.step, self.unbroken = state.step + 1, True
         return Step(step=state.step, total=self.last, loss=float(loss), grad_norm=float(norm), lr=lr, seconds=time.monotonic() - begun)
 
     @trains
@@ -448,14 +461,23 @@ class Run:
     @trains
     def _move(self, loss: Tensor) -> Tensor:
         """A step along the gradients; returns their norm."""
-        norm = clip_grad_norm_(self.state.trained.values(), self.job.recipe.max_grad_norm)
+        state = self.state
+        if state.released:
+            self.unbroken = False
+        norm = state.released.norm() if state.released else clip_grad_norm_(state.trained.values(), self.job.recipe.max_grad_norm)
         if not torch.isfinite(loss + norm):
-            raise WanLiteError(f"The loss is not finite at step {self.state.step + 1}.", "What is on disk is from before it.",
+            raise WanLiteError(f"The loss is not finite at step {state.step + 1}.", "What is on disk is from before it.",
                                "Lower the learning rate and type a new run name.")
-        self.whole = False
-        self.state.optimizer.step()
-        self.state.optimizer.zero_grad(set_to_none=True)
+        self.unbroken = False
+        if not state.released:
+            state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    @property
+    def whole(self) -> bool:
+        """Whether the state is that after a step, not in the middle of one."""
+        return self.unbroken and not (self.state and self.state.released and self.state.released.moved)
 
     @trains
     def _trial(self, number: int) -> Iterator[Event]:
@@ -464,9 +486,7 @@ class Run:
             group["lr"] = 0.0
         for loss in self.learner.gradients(number, TIMED_STEPS):
             if loss is not None:
-                clip_grad_norm_(self.state.trained.values(), self.job.recipe.max_grad_norm)
-                self.state.optimizer.step()
-                self.state.optimizer.zero_grad(set_to_none=True)
+                self._move(loss)
                 float(loss)             # a GPU's clock is read once all is done
             yield Stage(name="measuring the speed", done=number, total=TIMED_STEPS)
 
