@@ -72,6 +72,8 @@ def _command(given: argparse.Namespace, received: list[int]) -> int:
     files = RunFolder(given.folder)
     job = _lengthened(inputs.job_of(files), given)
     parts, device = inputs.read(files), torch.device(given.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     teacher = inputs.teacher_of(files, job, device, given.teacher)
     cache = given.cache or Path(files.noted("cache"))
     if given.command == "cache":

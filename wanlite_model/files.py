@@ -4,6 +4,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable
@@ -54,7 +55,10 @@ def patiently(move: Callable[[Path, Path], Any], source: Path, goal: Path) -> No
 def sweep(folder: Path) -> None:
     """Removes what a killed process left half-written. Only for a folder that nobody else writes to."""
     for left in folder.glob(f".*{TEMPORARY}"):
-        left.unlink(missing_ok=True)
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

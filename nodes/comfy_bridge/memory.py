@@ -10,6 +10,9 @@ from ...wanlite_model.config import WanConfig
 from ...wanlite_model.formats.keymap import wan_shapes
 
 
+EVERYTHING = 2**60      # bytes: more than any device has
+
+
 def device() -> torch.device:
     """The device that ComfyUI computes on."""
     return comfy.model_management.get_torch_device()

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
+from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
@@ -29,8 +30,8 @@ UPDATES = 10        # a second at most: each one is a message to every browser
 DEADLY = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))     # end a process at once
 
 
-def drive(work: Generator[Event, None, Result], show: Callable[[Event], None]) -> Result:
-    """Runs `work` to its end, gives `show` each event, and returns what it returns.
+def drive(work: Generator[Event, None, Result], show: Callable[[Event], None], leaving: Callable[[], None] = lambda: None) -> Result:
+    """Runs `work` to its end, gives `show` each event, and returns what it returns. leaving: called before `work` is closed early.
 
     Cancel, and the end of the process, are looked for between events. Both close the generator, which saves what can be gone on with, and
     then raise ComfyUI's own exception, so that the node counts as cancelled and not as failed. Nodes run in inference mode, which the
@@ -38,8 +39,9 @@ def drive(work: Generator[Event, None, Result], show: Callable[[Event], None]) -
     """
     with torch.inference_mode(False), EndHeldBack() as held, closing(work):
         while True:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            if held.wanted:
+            if held.wanted or comfy.model_management.processing_interrupted():
+                leaving()
+                comfy.model_management.throw_exception_if_processing_interrupted()
                 raise comfy.model_management.InterruptProcessingException
             try:
                 event = next(work)
@@ -132,5 +134,17 @@ class Bar:
 
     def preview(self, frame: Tensor) -> None:
         """Shows a picture [H, W, 3] in 0..1 on the node."""
-        picture = Image.fromarray((frame.clamp(0, 1) * 255).byte().cpu().numpy())
-        self._bar.update_absolute(self._bar.current, self._bar.total, ("JPEG", picture, PREVIEW_PIXELS))
+        self._bar.update_absolute(self._bar.current, self._bar.total, ("JPEG", _picture(frame), PREVIEW_PIXELS))
+
+
+def keep_picture(frame: Tensor, path: Path) -> None:
+    """Writes a picture [H, W, 3] in 0..1; a disk that refuses it does not end the job."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        _picture(frame).save(path)
+    except OSError as error:
+        log.warning("WanLite: %s could not be written (%s).", path.name, error)
+
+
+def _picture(frame: Tensor) -> Image.Image:
+    return Image.fromarray((frame.clamp(0, 1) * 255).byte().cpu().numpy())

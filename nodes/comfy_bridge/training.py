@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...wanlite_model.compress.handle import StudentHandle
+from ...wanlite_model.distill.budget import amount
 from ...wanlite_model.distill.checkpoint import RunFolder
 from ...wanlite_model.distill.data import check_latents, latents_fingerprint
 from ...wanlite_model.distill.events import Eval, Event, Finished, Planned, Sample, Stage, Step
@@ -26,7 +27,7 @@ from ...wanlite_model.prompts import PromptBank
 from . import folders, jobs, memory
 from .latents import shape_of, training_latents
 from .load import file_of
-from .runtime import Bar, drive, log
+from .runtime import Bar, drive, keep_picture, log
 from .teacher import ComfyTeacher
 
 LOADING = "loading the student"
@@ -86,15 +87,15 @@ class Training:
         Raises WanLiteError, or ComfyUI's own exception on Cancel.
         """
         check_name(folder.name, "a run")
-        bar, ended, budgets = Bar(node_id), [], []
+        bar, ended, peaks = Bar(node_id), [], []
 
         def show(event: Event) -> None:
             if isinstance(event, Stage):
-                if event.name == LOADING and budgets[-1].peaks is not None:
-                    memory.make_room(budgets[-1].peaks.device)
+                if event.name == LOADING and peaks:         # a smaller card is planned for as if nothing else were on it
+                    memory.make_room(peaks[-1].device if not self.job.levers.gpu_gib else memory.EVERYTHING)
                 bar.show(event.name, event.done, event.total)
             elif isinstance(event, Planned):
-                budgets.append(event.budget)
+                peaks.extend([event.budget.peaks] if event.budget.peaks else [])
                 bar.tell(event.told)
             elif isinstance(event, Step):
                 job.trains = True
@@ -103,16 +104,21 @@ class Training:
                 log.info("WanLite: step %d, held-out error %.4f (to compare: %.4f)%s", event.step, event.held.error, event.plain_cut.error,
                          ", the best so far" if event.best else "")
             elif isinstance(event, Sample):
-                bar.preview(self._frame(event.latents))
+                bar.preview(frame := self._frame(event.latents))
+                keep_picture(frame, folder / "samples" / f"step-{event.step}.png")
             elif isinstance(event, Finished):
                 ended.append(event)
+
+        def leaving() -> None:
+            if job.trains:
+                bar.tell(f"Saving {amount(peaks[-1].saved)} to {folder.name}. Queue the same graph again to go on." if peaks else f"Saving to {folder.name}.")
 
         try:
             with jobs.running(node_id) as job:
                 if self.job.minutes == 0:
                     return self._prepare(RunFolder(folder), cache, bar)
                 drive(run(self.job, folder, cache, self.teacher, self.student, self.prompts, self.latents, should_finish=lambda: job.finish,
-                          samples=self.vae is not None, start_from=self.start_from), show)
+                          samples=self.vae is not None, start_from=self.start_from), show, leaving)
         finally:
             memory.release()
         return ended[0]

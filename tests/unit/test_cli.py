@@ -22,7 +22,9 @@ from wanlite_model.distill.checkpoint import RunFolder
 from wanlite_model.distill.events import Step
 from wanlite_model.distill.inputs import Inputs
 from wanlite_model.distill.job import DistillJob
-from wanlite_model.distill.trainer import run
+from wanlite_model.distill.trainer import lora_fingerprint, run
+from wanlite_model.errors import WanLiteError
+from wanlite_model.formats.lora import Factors, Lora
 from wanlite_model.teacher import FileTeacher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,3 +178,19 @@ def test_the_bar_is_on_standard_error_and_every_line_of_standard_output_is_json(
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0 and len(lines(out)) > 10 and "training" in error
     assert dataclasses.asdict(prepared.job())["steps"] == 6
+
+
+def test_clips_and_a_lora_to_begin_with_lie_in_the_folder_bit_for_bit(prepared):
+    draw = torch.Generator().manual_seed(0)
+    factors = {"blocks.1.ffn.2": Factors(down=torch.randn(3, 256, generator=draw).bfloat16(), up=torch.randn(128, 3, generator=draw).half(), scale=0.7)}
+    lora, latents = Lora(factors=factors, diffs={"blocks.0.norm3.bias": torch.ones(128)}), torch.randn(3, *SHAPE, generator=draw)
+    files = RunFolder(prepared.folder / "parts")
+    files.path.mkdir()
+    parts = Inputs(student=prepared.student, prompts=prepared.bank, latents=latents, start_from=lora)
+    inputs.keep(files, parts, prepared.teacher, prepared.folder / "cache")
+    found = inputs.read(files)
+    assert lora_fingerprint(found.start_from) == lora_fingerprint(lora) and torch.equal(found.latents, latents)
+    assert found.prompts.fingerprint == prepared.bank.fingerprint and found.student == prepared.student
+    (files.path / "latents.safetensors").write_bytes(b"torn")
+    with pytest.raises(WanLiteError, match="is damaged"):
+        inputs.read(files)

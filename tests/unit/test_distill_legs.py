@@ -72,7 +72,7 @@ def test_less_ends_an_unfinished_run_at_an_evaluation(setting):
 
 def test_less_than_a_finished_run_has_returns_it(setting):
     list(setting.events(setting.job(steps=6), "enough"))
-    for job in (setting.job(steps=2), setting.job(steps=0, minutes=0.1), setting.job(steps=0, minutes=0.0)):
+    for job in (setting.job(steps=2), setting.job(steps=0, minutes=0.0)):
         assert len(list(setting.events(job, "enough"))) == 1
 
 
@@ -92,6 +92,36 @@ def test_more_minutes_are_a_leg_of_as_many_steps_as_they_allow(setting, monkeypa
     next(event for event in setting.events(setting.job(steps=0, minutes=10.0), "minutes") if isinstance(event, Stage) and event.name == "training")
     legs = files.noted("legs")
     assert legs[0]["planned"] == before and legs[1]["first"] + legs[1]["planned"] == Speed(seconds=0.5, before=1.0).steps(10.0)
+
+
+def test_minutes_for_a_run_that_was_begun_by_steps_are_told_by_its_own_speed(setting):
+    list(setting.events(setting.job(steps=6), "by steps"))
+    files = RunFolder(setting.folder / "by steps")
+    files.note("speed", {"seconds": 1.0, "before": 0.0})
+    assert steps(setting.events(setting.job(steps=0, minutes=0.3), "by steps"))[-1] == Speed(seconds=1.0, before=0.0).steps(0.3) == 17
+    fresh = Setting(setting.folder / "fresh")
+    list(fresh.events(fresh.job(steps=6)))
+    next(event for event in fresh.events(fresh.job(steps=0, minutes=60.0)) if isinstance(event, Stage) and event.name == "training")
+    assert RunFolder(fresh.folder / "run").noted("speed")["seconds"] > 0 and len(RunFolder(fresh.folder / "run").noted("legs")) == 2
+
+
+def test_a_run_that_has_gone_on_since_it_ended_keeps_the_leg_it_is_in(setting):
+    list(setting.events(setting.job(steps=6), "since"))
+    until(setting.events(setting.job(steps=12), "since"), lambda event: isinstance(event, Step) and event.step == 9)
+    assert steps(setting.events(setting.job(steps=20), "since"))[0] == 10
+    legs = RunFolder(setting.folder / "since").noted("legs")
+    assert [(leg["first"], leg["planned"], leg["ended"]) for leg in legs] == [(0, 6, None), (6, 6, None), (12, 8, None)]
+
+
+def test_a_damaged_unit_that_the_speed_is_measured_on_is_asked_for_again(tmp_path):
+    setting = Setting(tmp_path)
+    list(setting.events(name="straight"))
+    for path in (tmp_path / "cache").glob("*.safetensors"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 255
+        path.write_bytes(content)
+    first = until(setting.events(setting.job(steps=0, minutes=0.05), "timed"), lambda event: isinstance(event, Step))
+    assert first.step == 1
 
 
 def test_a_unit_that_was_damaged_on_disk_is_asked_for_again_and_never_trained_on(tmp_path):

@@ -40,15 +40,15 @@ def test_nothing_is_removed_while_another_job_uses_the_cache(tmp_path, caplog):
 
 
 def test_runs_worked_on_longest_ago_go_first_and_none_in_use(tmp_path):
-    for age, name in enumerate(("newest", "busy", "old")):
+    for age, name in enumerate(("newest", "busy", "old", "chained")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "checkpoint.safetensors").write_bytes(b"0" * 1000)
         (tmp_path / name / "job.json").write_text("{}", encoding="utf-8")
         os.utime(tmp_path / name / "job.json", (1e9 - age, 1e9 - age))
     (tmp_path / "something else").mkdir()
     with FileLock(tmp_path / "busy" / ".lock"):
-        clear_runs(tmp_path, 1500, tmp_path / "this one", to_come=0)
-    assert {path.name for path in tmp_path.iterdir()} == {"busy", "something else"}
+        clear_runs(tmp_path, 1500, [tmp_path / "this one", tmp_path / "chained" / "student-6"], to_come=0)
+    assert {path.name for path in tmp_path.iterdir()} == {"busy", "chained", "something else"}
 
 
 def test_a_jobs_limit_clears_answers_of_others_before_it_asks(tmp_path):

@@ -311,6 +311,18 @@ def test_samples_are_drawn_at_evaluations_when_asked_for(setting):
     assert same(setting.state("drawn"), setting.state("straight"))
 
 
+@pytest.mark.parametrize("recipe", [{}, {"own_states": 1.0}, {"objective": "trajectory", "student_steps": 2, "own_states": 1.0}, {"rank": 4}], ids=str)
+def test_no_more_than_a_forward_or_a_backward_lies_between_two_looks_at_cancel(setting, monkeypatch, recipe):
+    calls, forward, backward = [], WanLiteStudent.forward, torch.Tensor.backward
+    monkeypatch.setattr(WanLiteStudent, "forward", lambda self, *given, **named: calls.append("forward") or forward(self, *given, **named))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self, *given, **named: calls.append("backward") or backward(self, *given, **named))
+    monkeypatch.setattr("wanlite_model.distill.learner.TOKENS_A_PASS", 8)
+    most = 0
+    for _ in setting.events(setting.job(steps=0, minutes=0.05, recipe=recipe), f"looks {recipe}".replace(":", "")):
+        most, calls[:] = max(most, len(calls)), []
+    assert most == 1
+
+
 def test_it_trains_inside_inference_mode_as_comfyui_runs_nodes(setting):
     list(setting.events(name="straight"))
     with torch.inference_mode():

@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,13 +22,13 @@ from ..compress.importance import tokens
 from ..config import TEXT_DIM, WanConfig
 from ..errors import WanLiteError
 from ..formats.keymap import wan_shapes
-from ..formats.lora import Lora
+from ..formats.lora import Factors, Lora
 from ..prompts import PromptBank
 from ..transformer import WanLiteStudent
 from .adapters import adapter_size
 from .begin import state_of
 from .checkpoint import TrainState, size_of
-from .data import Batch
+from .data import Batch, TeacherCache, state_counts
 from .dry import dry_run
 from .evaluate import at_once, student_velocity
 from .job import DistillJob, Recipe
@@ -42,6 +42,7 @@ GIB = 2**30
 SPARE = 0.92                    # of what is free: allocators round up, and libraries take workspaces
 USED = 0.45                     # of a matrix rate that training reaches
 BACKWARD = 2                    # forwards that a backward pass is worth
+SLOW, SLOW_STEPS = 10, 5        # memory elsewhere makes steps some fifty times as long; arithmetic may err by a few times
 PARTS = 2                       # of a batch that are run dry: with the second there are gradients already
 
 
@@ -70,21 +71,24 @@ class Peaks:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
     """rungs: of levers, the first that fits and those after it, for the case that it does not. peaks: with the first; None where they could not be
-    predicted. run: bytes that the run takes on disk. step_seconds: by arithmetic.
+    predicted. run, cache: bytes still to be written to disk. step_seconds, asking_seconds: of a step and of asking the teacher, by arithmetic.
     """
     rungs: tuple[Levers, ...]
     peaks: Peaks | None
     machine: Machine
     run: int
     step_seconds: float
+    cache: int = 0
+    asking_seconds: float = 0.0
 
-    def told(self) -> str:
-        """For the node and the log."""
+    def told(self, steps: int) -> str:
+        """For the node and the log. steps: still to come; 0 where the minutes decide, and then how much the teacher is asked shows later."""
         memory = "The memory that this job takes could not be predicted" if self.peaks is None else (
             f"Memory: {amount(self.peaks.device)} of {amount(self.machine.device)}"
             + (f", and {amount(self.peaks.ram)} of {amount(self.machine.ram)} beside the card" if self.peaks.ram else ""))
-        return (f"{memory}. To save memory: {self.rungs[0].told()}. Disk: {amount(self.run)} for the run. "
-                f"About {self.step_seconds:.2g} s a step.")
+        whole = f", {(steps * self.step_seconds + self.asking_seconds) / 60:.1f} min in all" if steps else ""
+        answers = f", {amount(self.cache)} for the teacher's answers" if steps else ""
+        return f"{memory}. To save memory: {self.rungs[0].told()}. Disk: {amount(self.run)} for the run{answers}. About {self.step_seconds:.2g} s a step{whole}."
 
 
 def amount(size: int) -> str:
@@ -117,16 +121,18 @@ def plan(job: DistillJob, config: WanConfig, machine: Machine, device: torch.dev
     def peaks_of(job: DistillJob, config: WanConfig, levers: Levers) -> Peaks:
         return predicted(job, config, levers, device.type, prompts, lora)
 
-    seconds = step_flops(job, config, rungs[0]) / (USED * matrix_rate(device.type))
-    try:
-        for i, levers in enumerate(rungs):
+    def budget(rungs: Sequence[Levers], peaks: Peaks | None) -> Budget:
+        return Budget(rungs=tuple(rungs), peaks=peaks, machine=machine, run=0 if peaks is None else run_bytes(peaks, config, job),
+                      step_seconds=step_flops(job, config, rungs[0]) / (USED * matrix_rate(device.type)))
+
+    for i, levers in enumerate(rungs):
+        try:
             peaks = peaks_of(job, config, levers)
-            if peaks.fit(machine):
-                return Budget(rungs=tuple(rungs[i:]), peaks=peaks, machine=machine, run=run_bytes(peaks, config, job),
-                              step_seconds=step_flops(job, config, levers) / (USED * matrix_rate(device.type)))
-    except NotImplementedError as error:            # of an operation that this version of torch cannot run dry
-        log.warning("WanLite: memory could not be predicted (%s); should the job not fit, it goes on with less of it.", error)
-        return Budget(rungs=tuple(rungs), peaks=None, machine=machine, run=0, step_seconds=seconds)
+        except Exception as error:              # a torch that cannot be run dry as this one can: the job is worth more than its prediction
+            log.warning("WanLite: memory could not be predicted (%s: %s); should the job not fit, it goes on with less of it.", type(error).__name__, error)
+            return budget(rungs, None)
+        if peaks.fit(machine):
+            return budget(rungs[i:], peaks)
     raise _refused(job, config, machine, peaks, lambda job, config: peaks_of(job, config, rungs[-1]))
 
 
@@ -158,6 +164,12 @@ def forward_flops(config: WanConfig, count: int, text: int = 64) -> float:
     return config.num_layers * (projections + attention + 4 * count * dim * config.ffn_dim) + 2 * text * dim * (TEXT_DIM + dim)
 
 
+def asking_flops(cache: TeacherCache, teacher: WanConfig) -> float:
+    """Of the teacher's answers in the units that are missing."""
+    missing = sum(not cache.intact(unit) for unit in cache.units)
+    return missing * sum(state_counts(cache.job)) * (2 if cache.job.guided else 1) * forward_flops(teacher, tokens(cache.job.shape))
+
+
 @functools.cache
 def matrix_rate(device_type: str) -> float:
     """Floating-point operations a second of a matrix product, measured here: in bf16 on a GPU, in fp32 on a CPU."""
@@ -184,6 +196,15 @@ def check_disk(needed: int, free: int, place: Path, what: str) -> None:
                            "Free space there, or take fewer prompts or frames.")
 
 
+def spilled(seconds: Sequence[float], expected: float) -> bool:
+    """Whether steps take as long as they do on Windows where a card's memory goes on in the computer's: the last ones twice as long as the shortest, or
+    all of them many times what arithmetic expects. seconds: of the steps so far.
+    """
+    if len(seconds) < SLOW_STEPS:
+        return False
+    return min(seconds[-SLOW_STEPS:]) > 2 * min(seconds) or min(seconds) > SLOW * expected
+
+
 @contextmanager
 def capped(device: torch.device, machine: Machine) -> Iterator[None]:
     """On a GPU, inside, what does not fit is an error: Windows would go on in the computer's own memory, at a fiftieth of the speed."""
@@ -204,14 +225,17 @@ def predicted(job: DistillJob, config: WanConfig, levers: Levers, device_type: s
     size = min(job.recipe.batch_size, PARTS * max(1, TOKENS_A_PASS // tokens(job.shape)))
     kind = Recipe(rank=job.recipe.rank, optimizer=job.recipe.optimizer, objective="distribution" if job.matching else "velocity", batch_size=size)
     alike = DistillJob(student="", teacher="", prompts="", shape=job.shape, shift=1.0, steps=1, recipe=kind)            # all that decides it
-    return _predicted(alike, config, levers, device_type, longest, lora)
+    begin = () if lora is None else tuple((layer, len(found.down), *found.down.shape[1:], len(found.up)) for layer, found in lora.factors.items())
+    return _predicted(alike, config, levers, device_type, longest, begin)
 
 
-@functools.lru_cache(maxsize=64)
-def _predicted(job: DistillJob, config: WanConfig, levers: Levers, device_type: str, longest: int, lora: Lora | None) -> Peaks:
+@functools.lru_cache(maxsize=256)
+def _predicted(job: DistillJob, config: WanConfig, levers: Levers, device_type: str, longest: int, begin: tuple[tuple[str, int, int, int], ...]) -> Peaks:
+    """begin: (layer, rank, columns, rows) of factors to begin with."""
     device, prompts = torch.device(device_type), _prompts_of(longest)
     with dry_run(device_type) as count:
-        state = _dry_state(job, config, levers, device, lora or Lora(factors={}))
+        lora = Lora(factors={layer: Factors(down=torch.empty(rank, columns), up=torch.empty(rows, rank), scale=1.0) for layer, rank, columns, rows in begin})
+        state = _dry_state(job, config, levers, device, lora)
         for size in (1, job.recipe.batch_size):         # an optimizer has its moments from the second step on
             _dry_step(job, state, prompts, device, size)
         saved = size_of(state)

@@ -244,11 +244,13 @@ class TeacherCache:
         try:
             with safe_open(self.path(unit), "pt") as stored:
                 told = json.loads(stored.metadata()[UNIT])
-                found = [{name: stored.get_slice(name)[k:k + 1] for name in names or stored.keys()} for k in rows]
-            if told["key"] != unit.key or any(_checksum(value[0]) != told["crc32"][name][k] for k, row in zip(rows, found) for name, value in row.items()):
-                raise Damaged(self.path(unit))
-        except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError) as error:
-            raise Damaged(self.path(unit)) from error
+                # Copies: a view would keep the file mapped, and Windows then refuses to replace it.
+                found = [{name: stored.get_slice(name)[k:k + 1].clone() for name in names or stored.keys()} for k in rows]
+            whole = told["key"] == unit.key and all(_checksum(value[0]) == told["crc32"][name][k] for k, row in zip(rows, found) for name, value in row.items())
+        except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError):
+            whole = False
+        if not whole:
+            raise Damaged(self.path(unit))
         return [{name: value.float() for name, value in row.items()} for row in found]
 
     def batch(self, step: int) -> Batch:

@@ -1,6 +1,7 @@
 """What a run is made from, in its own folder: so that it can be gone on with where the graph is not."""
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from ..compress.handle import StudentHandle
 from ..config import WanConfig
 from ..errors import WanLiteError
 from ..files import replace_file
-from ..formats.lora import Lora, read_lora, write_lora
+from ..formats.lora import Factors, Lora
 from ..formats.write import write_student
 from ..prompts import PromptBank
 from ..teacher import AbsentTeacher, FileTeacher, Teacher
@@ -25,6 +26,7 @@ from .checkpoint import RunFolder
 from .job import DistillJob
 
 PROMPTS, LATENTS, START_FROM = "prompts.safetensors", "latents.safetensors", "start_from.safetensors"
+SCALES = "wanlite.scales"
 START, TEACHER = "start", "teacher"         # what is prepared: copies, so that the folder can be taken elsewhere
 
 
@@ -45,7 +47,7 @@ def keep(files: RunFolder, inputs: Inputs, teacher: Teacher, cache_root: Path) -
     if inputs.latents is not None and not (folder / LATENTS).exists():
         replace_file(folder / LATENTS, lambda path: save_file({"latents": inputs.latents.contiguous()}, path))
     if inputs.start_from is not None and not (folder / START_FROM).exists():
-        write_lora(folder / START_FROM, inputs.start_from, dtype=torch.float32)
+        _write_exactly(folder / START_FROM, inputs.start_from)
     its = files.noted("teacher") or {"name": teacher.name, "config": asdict(teacher.config)}
     files.note("student", inputs.student.to_json(), teacher=its, cache=str(Path(cache_root).absolute()))
 
@@ -89,13 +91,30 @@ def read(files: RunFolder) -> Inputs:
     start = folder / START
     if start.exists():
         loras = sorted(start.glob("lora-*.safetensors"))
-        student = replace(student, folder=str(start / Path(student.folder).name), loras=tuple(map(str, loras)))
+        own = next(path for path in start.iterdir() if path not in loras)
+        student = replace(student, folder=str(own), loras=tuple(map(str, loras)))
     try:
         latents = load_file(folder / LATENTS)["latents"].clone() if (folder / LATENTS).exists() else None
-    except (OSError, SafetensorError, KeyError) as error:
-        raise WanLiteError(f"{LATENTS} of run {folder.name!r} is damaged ({error}).", "", "Queue the run's graph again.") from error
-    lora = read_lora(folder / START_FROM, student.config) if (folder / START_FROM).exists() else None
+        lora = _read_exactly(folder / START_FROM) if (folder / START_FROM).exists() else None
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise WanLiteError(f"What run {folder.name!r} was made from is damaged ({error}).", "", "Queue the run's graph again under a new run name.") from error
     return Inputs(student=student, prompts=PromptBank.load(folder / PROMPTS), latents=latents, start_from=lora)
+
+
+def _write_exactly(path: Path, lora: Lora) -> None:
+    """As it is in memory: a LoRA file rounds the scale, and the job knows it by its bits."""
+    tensors = {f"{leaf} {layer}": getattr(found, leaf).contiguous() for layer, found in lora.factors.items() for leaf in ("down", "up")}
+    tensors |= {f"diff {name}": diff.contiguous() for name, diff in lora.diffs.items()}
+    scales = json.dumps({layer: found.scale for layer, found in lora.factors.items()})
+    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata={SCALES: scales}))
+
+
+def _read_exactly(path: Path) -> Lora:
+    with safe_open(path, "pt") as stored:
+        found = {name: stored.get_tensor(name).clone() for name in stored.keys()}
+        scales = json.loads(stored.metadata()[SCALES])
+    return Lora(factors={layer: Factors(down=found[f"down {layer}"], up=found[f"up {layer}"], scale=scale) for layer, scale in scales.items()},
+                diffs={name.removeprefix("diff "): value for name, value in found.items() if name.startswith("diff ")})
 
 
 def teacher_of(files: RunFolder, job: DistillJob, device: torch.device, file: Path | None = None) -> Teacher:
@@ -121,7 +140,7 @@ def _copy_start(place: Path, student: StudentHandle) -> None:
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     source = Path(student.folder)
-    for file in sorted(source.iterdir()) if source.is_dir() else [source]:
+    for file in sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() else [source]:
         goal = new / source.name / file.name if source.is_dir() else new / file.name
         goal.parent.mkdir(exist_ok=True)
         _link(file, goal)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -111,8 +112,9 @@ class Released:
 
     def __init__(self, trained: Iterable[nn.Parameter], optimizer: AdamW8, most: float) -> None:
         self.optimizer, self.most, self.norms = optimizer, most, []
+        mine = weakref.ref(self)            # a parameter that holds its optimizer would hold itself: Python does not see through its hooks
         for parameter in trained:
-            parameter.register_post_accumulate_grad_hook(self._move)
+            parameter.register_post_accumulate_grad_hook(lambda parameter: mine()._move(parameter))
 
     @property
     def moved(self) -> bool:
@@ -162,23 +164,31 @@ class WeightAverage:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Inside, the network computes with the average. No copy where they lie together: the two exchange their storage."""
-        self._exchange()
+        apart = self._apart
+        kept = self._put_in() if apart else self._exchange()
         try:
             yield
         finally:
-            self._exchange()
+            self._put_back(kept) if apart else self._exchange()
 
     @property
     def _apart(self) -> bool:
         return any(value.device != self.trained[name].device or value.dtype != self.trained[name].dtype for name, value in self.values.items())
 
     def _exchange(self) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            apart = self._apart
+        with torch.inference_mode(False):
             for name, parameter in self.trained.items():
-                if apart:
-                    kept = parameter.data.to(self.values[name].device, copy=True)
-                    parameter.data.copy_(self.values[name])
-                    self.values[name] = kept
-                else:
-                    self.values[name], parameter.data = parameter.data, self.values[name]
+                self.values[name], parameter.data = parameter.data, self.values[name]
+
+    def _put_in(self) -> dict[str, Tensor]:
+        """The weights as they were, beside the average: rounded into it, it would no longer follow."""
+        with torch.inference_mode(False), torch.no_grad():
+            kept = {name: self.trained[name].detach().to(value.device, copy=True) for name, value in self.values.items()}
+            for name, value in self.values.items():
+                self.trained[name].data.copy_(value)
+        return kept
+
+    def _put_back(self, kept: Mapping[str, Tensor]) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            for name, value in kept.items():
+                self.trained[name].data.copy_(value)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..files import sweep
+
 log = logging.getLogger(__name__)
 
 JOBS = ".jobs"                  # of a cache: a lock for each job that uses it now
@@ -51,6 +53,7 @@ def clear_cache(cache: Path, limit: int, keep: Collection[Path], to_come: int) -
     if _others_work(cache):
         log.warning("WanLite: the teacher's answers take more than their limit, and none are removed while another job uses them.")
         return 0
+    sweep(cache)
     freed = 0
     for path in others:
         if freed >= excess:
@@ -62,12 +65,15 @@ def clear_cache(cache: Path, limit: int, keep: Collection[Path], to_come: int) -
     return freed
 
 
-def clear_runs(runs: Path, limit: int, keep: Path, to_come: int) -> int:
-    """The same of run folders beside `keep`: of those that no job works in, the one that was written to longest ago goes first."""
+def clear_runs(runs: Path, limit: int, keep: Collection[Path], to_come: int) -> int:
+    """The same of run folders, but for those in which one of `keep` lies: of those that no job works in, the one that was written to longest ago goes
+    first.
+    """
+    kept = {Path(path).absolute() for path in keep}
     sizes = {path: _size(path) for path in runs.iterdir() if (path / "job.json").is_file()}
     excess, freed = sum(sizes.values()) + to_come - limit, 0
     for path in sorted(sizes, key=lambda path: (path / "job.json").stat().st_mtime_ns):
-        if freed >= excess or path == keep:
+        if freed >= excess or any(one.is_relative_to(path.absolute()) for one in kept):
             continue
         try:
             with FileLock(path / LOCK, timeout=0):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
+import statistics
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
@@ -26,7 +28,7 @@ from ..prompts import PromptBank
 from ..teacher import AbsentTeacher, Teacher, fingerprint_tensors
 from . import inputs
 from .begin import few_step_lora, fresh_state, online_teacher
-from .budget import GIB, Budget, Machine, capped, check_disk, plan, this_machine
+from .budget import GIB, USED, Budget, Machine, asking_flops, capped, check_disk, matrix_rate, plan, spilled, this_machine
 from .checkpoint import RunFolder, TrainState, size_of
 from .data import Ahead, Damaged, TeacherCache, check_latents, plan_units, seeded, student_sigmas
 from .evaluate import Held, evaluate, roll
@@ -48,6 +50,7 @@ Read = TypeVar("Read")
 
 CACHE_SHARE = 0.4               # of a job's minutes may go into asking the teacher
 TIMED_STEPS = 3
+FULL = 0.05                     # of a card's memory: with less of it free it may go on in the computer's
 
 
 def lora_fingerprint(lora: Lora) -> str:
@@ -110,7 +113,7 @@ class Run:
     def _work(self) -> Iterator[Event]:
         self.course = self._course()
         self.budget = self._budget()
-        yield Planned(budget=self.budget, told=self.budget.told())
+        yield Planned(budget=self.budget, told=self.budget.told(self._steps_to_come()) + self._not_counted())
         self.cache = yield from self._fill_cache()
         self.held, self.paths = yield from self._read(lambda: (self.cache.held_out(), self.cache.held_out_paths() if self.job.trajectory else None))
         self.teacher.release()
@@ -128,9 +131,29 @@ class Run:
         budget = plan(self.job, self.handle.config, machine, device, self.prompts, lora, None if noted is None else Levers(**noted))
         kept = sum(file.stat().st_size for file in (self.files.checkpoint, self.files.best) if file.exists())
         limit = int(self.job.levers.runs_gib * GIB)
-        freed = clear_runs(self.files.path.parent, limit, self.files.path, budget.run - kept) if limit else 0
+        used = [self.files.path, Path(self.handle.folder), *map(Path, self.handle.loras)]
+        freed = clear_runs(self.files.path.parent, limit, used, budget.run - kept) if limit else 0
         check_disk(budget.run - kept, machine.run_disk + freed, self.files.path, "This run")
-        return budget
+        if not self._steps_to_come():
+            return budget
+        missing = self._planned_cache().needed
+        return replace(budget, cache=missing.missing_bytes, asking_seconds=asking_flops(missing, self.teacher.config) / (USED * matrix_rate(device.type)))
+
+    def _not_counted(self) -> str:
+        """A sentence where the figures leave something out, else nothing."""
+        recipe = self.job.recipe
+        asks = recipe.objective == "velocity + features" or recipe.own_states > 0 and not self.job.trajectory
+        return (" The teacher is asked at the steps too: its memory and time are not in these figures." if asks else
+                " A step is many forwards of the student and its critic beside this time." if self.job.matching else "")
+
+    def _steps_to_come(self) -> int:
+        """By what was asked for; 0 where minutes are still to be turned into steps."""
+        total = self.course.total if self.course else self.job.steps
+        return max(0, total - self._done())
+
+    def _done(self) -> int:
+        """Steps that the log tells of."""
+        return max((row["step"] for row in self.files.rows("step")[-1:]), default=0)
 
     def _fits(self) -> Generator[Event, None, bool]:
         """The job, to its end; False when the device ran out of memory. What was not saved then is lost, and nothing is left on the device."""
@@ -147,6 +170,7 @@ class Run:
                                    "Type a new run name, and lower the frames or the size of the LATENT, or keep fewer blocks.") from error
         self.state = self.online = self.learner = None
         self.unbroken = True
+        self.teacher.release()
         gc.collect()
         if self.teacher.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -223,6 +247,9 @@ class Run:
 
     def _wanted(self, course: Course) -> int:
         speed = self.files.noted("speed")
+        if speed is None and self.job.steps == 0 and (rows := self.files.rows("step")):          # it was begun by steps
+            speed = {"seconds": max(1e-6, statistics.median(row["seconds"] for row in rows)), "before": 0.0}
+            self.files.note("speed", speed)
         return wanted_steps(self.job, course, None if speed is None else Speed(**speed))
 
     def _course(self) -> Course | None:
@@ -231,8 +258,9 @@ class Run:
         if course is None or (wanted := self._wanted(course)) <= course.total:
             return course
         ended = self.files.noted("finished")
+        early = ended is not None and ended["step"] == self._done() and ended["step"] < course.total       # and not gone on since
         most = len(plan_units(replace(self.job, steps=wanted), self.prompts, self.latents))
-        course = course.extended(wanted, most, self.job.recipe.evaluations, None if ended is None else ended["step"])
+        course = course.extended(wanted, most, self.job.recipe.evaluations, ended["step"] if early else None)
         self.files.note("legs", course.to_json())
         return course
 
@@ -256,9 +284,13 @@ class Run:
 
     def _measured_speed(self) -> Generator[Event, None, Speed]:
         seconds = []
-        for i in range(TIMED_STEPS):
+        while len(seconds) < TIMED_STEPS:
             begun = time.monotonic()
-            yield from self._trial(i)
+            try:
+                yield from self._trial(len(seconds))
+            except Damaged as damaged:
+                yield from self._ask_again(damaged)
+                continue
             seconds.append(time.monotonic() - begun)
         self.state.optimizer.state.clear()              # as before step 0
         self.unbroken = True
@@ -271,16 +303,21 @@ class Run:
 
     def _fill_cache(self) -> Generator[Event, None, TeacherCache]:
         """How many units the minutes allow is measured on the first group, and noted before the others are asked for."""
-        first, now = (self.course.legs[0].units, self.course.legs[-1].units) if self.course else (self.files.noted("units"), None)
-        if first is None and self.job.steps == 0 and not self.job.matching:
-            first = yield from self._affordable()
-            self.files.note("units", first)
-        filled = self._cache(first if now is None else now, first)
+        if self.course is None and self.job.steps == 0 and self.files.noted("units") is None and not self.job.matching:
+            affordable = yield from self._affordable()
+            self.files.note("units", affordable)
+        filled = self._planned_cache()
         if told := unasked(filled, self.prompts):
             log.warning("WanLite: %s", told)
         self._make_room(filled)
         yield from self._ask(filled.needed)
         return filled
+
+    def _planned_cache(self) -> TeacherCache:
+        """The units that the legs draw from, as far as that is known."""
+        if self.course is None:
+            return self._cache(self.files.noted("units"))
+        return self._cache(self.course.legs[-1].units, self.course.legs[0].units)
 
     def _make_room(self, cache: TeacherCache) -> None:
         """Clears what the limits allow no longer. Raises WanLiteError when the drive lacks room even so."""
@@ -319,8 +356,11 @@ class Run:
 
     def _ask_again(self, damaged: Damaged) -> Iterator[Stage]:
         log.warning("WanLite: the teacher's answers in %s are damaged and are asked for again.", damaged.path.name)
+        damaged.__traceback__ = None            # its frames may hold the file
         damaged.path.unlink(missing_ok=True)
         yield from self._ask(self.cache.needed)
+        if self.state is None or self.online is not self.teacher:
+            self.teacher.release()
 
     @trains
     def _fresh_state(self, levers: Levers = Levers()) -> TrainState:
@@ -393,7 +433,7 @@ class Run:
 
     def _train(self) -> Iterator[Event]:
         """The loop. Whatever ends it, the last complete step is on disk afterwards."""
-        saved, saved_at, state = self.state.step, time.monotonic(), self.state
+        saved, saved_at, state, seconds = self.state.step, time.monotonic(), self.state, []
         try:
             if self._due() and not self._measured():
                 yield from self._measure()              # it was stopped while it did
@@ -401,6 +441,9 @@ class Run:
                 step = yield from self._step()
                 self.files.log(kind="step", step=step.step, loss=step.loss, grad_norm=step.grad_norm, lr=step.lr, seconds=step.seconds)
                 yield step
+                seconds.append(step.seconds)
+                if self._may_spill() and spilled(seconds, self.budget.step_seconds):
+                    raise torch.cuda.OutOfMemoryError("The steps take as long as they do when a card's memory goes on in the computer's.")
                 if self._due():
                     yield from self._measure()
                 if time.monotonic() - saved_at >= 60 * self.job.recipe.save_every:
@@ -414,6 +457,13 @@ class Run:
             if state.step > saved and self.whole:
                 log.info("WanLite: saving %.1f GiB", size_of(state) / 2**30)
                 self.files.save(state)
+
+    def _may_spill(self) -> bool:
+        """Windows alone does, when the card is full; there has to be something left to do about it, and steps that are alike."""
+        if self.teacher.device.type != "cuda" or os.name != "nt" or len(self.budget.rungs) == 1 or self.job.matching or self.job.recipe.own_states:
+            return False
+        free, total = torch.cuda.mem_get_info(self.teacher.device)
+        return free < FULL * total
 
     def _due(self) -> bool:
         """Whether the step that was just finished is one to evaluate."""
