@@ -27,6 +27,8 @@ def in_use(cache: Path) -> Iterator[None]:
     lock = FileLock(mine)
     lock.acquire()
     try:
+        if not _others_work(cache):
+            sweep(cache)            # what a killed process left half-written
         yield
     finally:
         lock.release()
@@ -53,7 +55,6 @@ def clear_cache(cache: Path, limit: int, keep: Collection[Path], to_come: int) -
     if _others_work(cache):
         log.warning("WanLite: the teacher's answers take more than their limit, and none are removed while another job uses them.")
         return 0
-    sweep(cache)
     freed = 0
     for path in others:
         if freed >= excess:
