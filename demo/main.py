@@ -133,7 +133,7 @@ def queue_shown(server: ComfyServer, prompt: dict[str, Any]) -> dict:
 
 def distill_report(base: Path) -> str:
     """What WanLite Distill said at its end: the held-out error beside the plain cut's, and how the student is sampled."""
-    return read_json(base / "output" / "wanlite" / "runs" / STUDENT / "finished.json")["report"]
+    return read_json(base / "output" / "wanlite" / "runs" / STUDENT / "job.json")["finished"]["report"]
 
 
 def keep_clips(made: Path, target: Path) -> None:

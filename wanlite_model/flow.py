@@ -84,8 +84,13 @@ def euler_steps(velocity_of: Callable[[Tensor, Tensor], Tensor], noise: Tensor, 
         here = sigma.to(x).expand(len(x))
         v = velocity_of(x, here)
         yield x, here, v
-        x = x + (following - sigma).to(x) * v
+        x = euler_step(x, v, sigma, following)
     yield x, sigmas[-1].to(x).expand(len(x)), v
+
+
+def euler_step(x: Tensor, v: Tensor, sigma: Tensor, following: Tensor) -> Tensor:
+    """x [B, C, T, H, W] at `sigma`, taken along v to `following`."""
+    return x + (following - sigma).to(x) * v
 
 
 def sample(velocity_of: Callable[[Tensor, Tensor], Tensor], noise: Tensor, sigmas: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def graph(run_name, steps, **distil):
                        ffn_dim=0, keep_map="", method="greedy", block_steps=3, refit="mean", cfg=3.0, probe_seed=0),
         "recipe": node("WanLiteRecipe", objective="velocity", rank=0, start_from="none", student_steps=0, own_states=-1.0, optimizer="AdamW", learning_rate=2e-3, batch_size=2, warmup=1, max_grad_norm=1.0, weight_decay=0.0,
                        ema_decay=0.5, teacher_steps=2, renoised=0.5, full_range=0.25, evaluations=2, save_every=10.0, checkpointing="auto",
-                       checkpoints_on_cpu="auto", frozen_float8="auto", optimizer_8bit="auto", swapped_blocks=-1, gpu_gib=0.0, ram_gib=0.0,
+                       checkpoints_on_cpu="auto", frozen_float8="auto", optimizer_8bit="auto", gradient_release="auto", swapped_blocks=-1, gpu_gib=0.0, ram_gib=0.0,
                        disk_gib=0.0, cache_gib=0.0, runs_gib=0.0),
         "distil": node("WanLiteDistill", **{"student": ["create", 0], "model": ["shift", 0], "prompts": ["prompts", 0], "latent": ["latent", 0],
                                             "recipe": ["recipe", 0], "preset": "slim", "cfg": 3.0, "minutes": 5.0, "steps": steps,

@@ -115,10 +115,8 @@ def roll(student: WanLiteStudent, noise: Tensor, sigmas: Tensor, prompts: Prompt
         with torch.inference_mode(False), torch.no_grad():
             return guided_student_velocity(student, x, sigma, prompts, which, job).cpu()
 
-    walk = flow.euler_steps(velocity_of, noise, sigmas)
-    next(walk)
-    for x, _, _ in walk:
-        yield x
+    for (x, _, v), sigma, following in zip(flow.euler_steps(velocity_of, noise, sigmas), sigmas[:-1], sigmas[1:]):
+        yield flow.euler_step(x, v, sigma, following)           # a forward to each
 
 
 def _summary(error: Tensor, scale: Tensor, gap: Tensor, sigma: Tensor) -> Held:

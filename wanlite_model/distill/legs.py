@@ -88,7 +88,7 @@ class Course:
 
 
 def wanted_steps(job: DistillJob, course: Course, speed: Speed | None) -> int:
-    """What the job asks for now, of a run that has a course: what it has, where minutes cannot be told in steps."""
-    if job.steps:
+    """What the job asks for now, of a run that has a course: what it has, where minutes cannot be told in steps; nothing where it is only prepared."""
+    if job.steps or job.minutes == 0:
         return job.steps
     return course.total if speed is None else speed.steps(job.minutes)
