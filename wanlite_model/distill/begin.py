@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..compress.handle import StudentHandle
+from ..config import WanConfig
 from ..errors import WanLiteError
 from ..formats.lora import Factors, Lora, read_lora, stacked
 from ..teacher import Teacher
@@ -100,7 +102,18 @@ def few_step_lora(job: DistillJob, handle: StudentHandle, teacher: Teacher, star
 
 def online_teacher(job: DistillJob, handle: StudentHandle, teacher: Teacher, state: TrainState) -> Teacher:
     """Who is asked while it trains: the student's own frozen base where that is the teacher as it is, so that one copy serves both."""
-    merged = handle.loras and not job.matching
-    if state.adapters is None or state.adapters.diffs or merged or handle.same_as != teacher.fingerprint:
+    if state.adapters is None or not _is_base(job, handle, teacher, state.adapters.diffs):
         return teacher
     return BaseTeacher(state.student, [part for part in (state.adapters, state.critic) if part], teacher)
+
+
+def beside(job: DistillJob, handle: StudentHandle, teacher: Teacher, begin: Lora | None) -> WanConfig | None:
+    """The teacher's architecture where it has to be in memory while the student trains: it is asked then, and is not the student's base."""
+    asked = job.matching or job.recipe.objective == "velocity + features" or (job.recipe.own_states > 0 and not job.trajectory)
+    return teacher.config if asked and not _is_base(job, handle, teacher, begin.diffs if begin else {}) else None
+
+
+def _is_base(job: DistillJob, handle: StudentHandle, teacher: Teacher, diffs: Mapping[str, Tensor]) -> bool:
+    """Whether what lies frozen under the student's adapters is the teacher."""
+    merged = handle.loras and not job.matching
+    return job.recipe.rank > 0 and not diffs and not merged and handle.same_as == teacher.fingerprint

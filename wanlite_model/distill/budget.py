@@ -19,13 +19,15 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from ..compress.importance import tokens
+from ..compress.plan import interleaved
 from ..config import TEXT_DIM, WanConfig
 from ..errors import WanLiteError
 from ..formats.keymap import wan_shapes
 from ..formats.lora import Factors, Lora
 from ..prompts import PromptBank
+from ..teacher import AbsentTeacher
 from ..transformer import WanLiteStudent
-from .adapters import adapter_size
+from .adapters import BaseTeacher, adapter_size
 from .begin import state_of
 from .checkpoint import TrainState, size_of
 from .data import Batch, TeacherCache, state_counts
@@ -35,6 +37,7 @@ from .job import DistillJob, Recipe
 from .learner import TOKENS_A_PASS, Learner
 from .levers import Levers, LeverSettings, ladder
 from .modes import trains
+from .objectives import feature_pairs
 
 log = logging.getLogger(__name__)
 
@@ -113,13 +116,16 @@ def _free_disk(place: Path) -> int:
 
 
 def plan(job: DistillJob, config: WanConfig, machine: Machine, device: torch.device, prompts: PromptBank, lora: Lora | None = None,
-         noted: Levers | None = None) -> Budget:
-    """The first rung that fits, from the one that the run was on before (`noted`). Raises WanLiteError, with the smallest change that fits, when none does."""
+         noted: Levers | None = None, beside: WanConfig | None = None) -> Budget:
+    """The first rung that fits, from the one that the run was on before (`noted`). beside: the teacher, where it is in memory too.
+
+    Raises WanLiteError, with the smallest change that fits, when none does.
+    """
     rungs = list(ladder(job.levers, frozen=job.recipe.rank > 0, blocks=config.num_layers, device_type=device.type))
     rungs = rungs[rungs.index(noted):] if noted in rungs else rungs
 
     def peaks_of(job: DistillJob, config: WanConfig, levers: Levers) -> Peaks:
-        return predicted(job, config, levers, device.type, prompts, lora)
+        return predicted(job, config, levers, device.type, prompts, lora, beside)
 
     def budget(rungs: Sequence[Levers], peaks: Peaks | None) -> Budget:
         return Budget(rungs=tuple(rungs), peaks=peaks, machine=machine, run=0 if peaks is None else run_bytes(peaks, config, job),
@@ -219,25 +225,35 @@ def capped(device: torch.device, machine: Machine) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def predicted(job: DistillJob, config: WanConfig, levers: Levers, device_type: str, prompts: PromptBank, lora: Lora | None = None) -> Peaks:
-    """What the training of such a student takes, from a step and a forward of an evaluation that are run dry. lora: that it begins with."""
+def predicted(job: DistillJob, config: WanConfig, levers: Levers, device_type: str, prompts: PromptBank, lora: Lora | None = None,
+              beside: WanConfig | None = None) -> Peaks:
+    """What the training of such a student takes, from steps and a forward of an evaluation that are run dry. lora: that it begins with. beside: the
+    teacher, where it is asked while it trains and is not the student's base.
+    """
     longest = max(map(len, (*prompts.contexts, prompts.negative)))
-    size = min(job.recipe.batch_size, PARTS * max(1, TOKENS_A_PASS // tokens(job.shape)))
-    kind = Recipe(rank=job.recipe.rank, optimizer=job.recipe.optimizer, objective="distribution" if job.matching else "velocity", batch_size=size)
+    a_pass = max(1, TOKENS_A_PASS // tokens(job.shape))
+    size = min(job.recipe.batch_size, max(1, a_pass // 2) if job.matching else PARTS * a_pass)          # its guided teacher takes two of each
+    objective = job.recipe.objective if job.matching or job.recipe.objective == "velocity + features" else "velocity"
+    kind = Recipe(rank=job.recipe.rank, optimizer=job.recipe.optimizer, objective=objective, batch_size=size)
     alike = DistillJob(student="", teacher="", prompts="", shape=job.shape, shift=1.0, steps=1, recipe=kind)            # all that decides it
     begin = () if lora is None else tuple((layer, len(found.down), *found.down.shape[1:], len(found.up)) for layer, found in lora.factors.items())
-    return _predicted(alike, config, levers, device_type, longest, begin)
+    return _predicted(alike, config, levers, device_type, longest, begin, beside)
 
 
 @functools.lru_cache(maxsize=256)
-def _predicted(job: DistillJob, config: WanConfig, levers: Levers, device_type: str, longest: int, begin: tuple[tuple[str, int, int, int], ...]) -> Peaks:
+def _predicted(job: DistillJob, config: WanConfig, levers: Levers, device_type: str, longest: int, begin: tuple[tuple[str, int, int, int], ...],
+               beside: WanConfig | None) -> Peaks:
     """begin: (layer, rank, columns, rows) of factors to begin with."""
     device, prompts = torch.device(device_type), _prompts_of(longest)
     with dry_run(device_type) as count:
         lora = Lora(factors={layer: Factors(down=torch.empty(rank, columns), up=torch.empty(rows, rank), scale=1.0) for layer, rank, columns, rows in begin})
         state = _dry_state(job, config, levers, device, lora)
+        learner = _dry_learner(job, state, prompts, device, config, beside)
+        if state.critic is not None:            # it learns in steps of its own, and what the optimizer keeps of it stays
+            with state.adapters.switched(False), state.critic.switched(True):
+                _dry_step(learner, state, 1)
         for size in (1, job.recipe.batch_size):         # an optimizer has its moments from the second step on
-            _dry_step(job, state, prompts, device, size)
+            _dry_step(learner, state, size)
         saved = size_of(state)
         _dry_evaluation(job, state, prompts)
         return Peaks(device=count.peak(device_type), ram=0 if device_type == "cpu" else count.peak("cpu"), saved=saved)
@@ -245,23 +261,35 @@ def _predicted(job: DistillJob, config: WanConfig, levers: Levers, device_type: 
 
 @trains
 def _dry_state(job: DistillJob, config: WanConfig, levers: Levers, device: torch.device, lora: Lora) -> TrainState:
-    frozen = job.recipe.rank > 0
     home = torch.device("cpu") if levers.frozen_float8 or levers.swapped_blocks else device
-    module = WanLiteStudent.from_wan(config, device="meta")
-    dtype = torch.bfloat16 if frozen and device.type == "cuda" else torch.float32
+    return state_of(job, _dry_module(config, home, job.recipe.rank > 0 and device.type == "cuda").train(), lora, levers, device)
+
+
+def _dry_module(config: WanConfig, home: torch.device, half: bool) -> WanLiteStudent:
+    module, dtype = WanLiteStudent.from_wan(config, device="meta"), torch.bfloat16 if half else torch.float32
     module.load_state_dict({name: torch.empty(shape, dtype=dtype, device=home) for name, shape in wan_shapes(config).items()}, assign=True)
-    return state_of(job, module.train(), lora, levers, device)
+    return module
 
 
 @trains
-def _dry_step(job: DistillJob, state: TrainState, prompts: PromptBank, device: torch.device, size: int) -> None:
-    learner = Learner(job=job, student=state.student, prompts=prompts, online=None, device=device, draw=lambda _: _batch(job.shape, size))
-    for _ in learner.gradients(0, 1):
+def _dry_learner(job: DistillJob, state: TrainState, prompts: PromptBank, device: torch.device, config: WanConfig, beside: WanConfig | None) -> Learner:
+    """Its batches are of the size that is asked for as if it were a step. Its teacher lies beside the student, or under the student's adapters."""
+    its = beside or config
+    module = state.student if beside is None else _dry_module(beside, device, device.type == "cuda").requires_grad_(False)
+    adapters = [part for part in (state.adapters, state.critic) if part and beside is None]
+    online = BaseTeacher(module, adapters, AbsentTeacher(its, shift=1.0, fingerprint="", name="", device=device))
+    pairs = feature_pairs(interleaved(its.num_layers, config.num_layers), its.num_layers) if job.recipe.objective == "velocity + features" else ()
+    return Learner(job=job, student=state.student, prompts=prompts, online=online, device=device, draw=lambda size: _batch(job.shape, size), pairs=tuple(pairs))
+
+
+@trains
+def _dry_step(learner: Learner, state: TrainState, size: int) -> None:
+    for _ in learner.gradients(size, 1):
         pass
     if state.released:
         state.released.norm()
     else:
-        clip_grad_norm_(state.trained.values(), job.recipe.max_grad_norm)
+        clip_grad_norm_(state.trained.values(), learner.job.recipe.max_grad_norm)
         state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.average.update(0)

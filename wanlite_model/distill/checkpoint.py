@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import WanLiteError
 from ..files import read_json, replace_file, sweep, write_json
-from ..formats.container import Writer
+from ..formats.container import Writer, read_header
 from ..transformer import WanLiteStudent
 from .adapters import Adapters
 from .job import DistillJob, differences
@@ -175,9 +174,12 @@ class RunFolder:
         told = {"error": state.best_error, "step": state.best_step}
         _write(self.best, state.average.values, {"wanlite.best": json.dumps(told)}, torch.bfloat16)
 
-    def load_best(self) -> dict[str, Tensor]:
-        """The best weights so far, as copies: the file is not held."""
-        return {name: value.clone() for name, value in load_file(self.best).items()}
+    def best_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The best weights so far, in the order in which they lie, one at a time and as copies: the file is held no longer than that."""
+        entries = read_header(self.best).entries
+        with safe_open(self.best, "pt") as stored:
+            for name in sorted(entries, key=lambda name: entries[name].start):
+                yield name, stored.get_tensor(name).clone()
 
 
 def size_of(state: TrainState) -> int:

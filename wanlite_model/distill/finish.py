@@ -41,14 +41,14 @@ def write_finished(job: DistillJob, files: RunFolder, start: StudentHandle, teac
                    cache: TeacherCache, prompts: PromptBank, measured: Measured) -> Finished:
     """Writes the best student into the run folder and notes the end, so that the same job returns at once. asked: steps that were asked for."""
     card = _card(job, start, teacher, measured, state)
-    best, student, lora = files.load_best(), files.student(state.step), files.lora(state.step)
+    student, lora = files.student(state.step), files.lora(state.step)
     if state.adapters is None:
-        write_student(student, config=start.config, tensors=best.items(), card=card, overwrite=True)
-        handle = replace(start, folder=str(student), loras=(), same_as="", fingerprint=fingerprint_tensors(best.items()), card=card)
+        write_student(student, config=start.config, tensors=files.best_weights(), card=card, overwrite=True)
+        handle = replace(start, folder=str(student), loras=(), same_as="", fingerprint=fingerprint_tensors(files.best_weights()), card=card)
     else:
-        write_lora(lora, Lora(factors=state.adapters.factors(best), diffs=state.adapters.diffs), card=card)
+        write_lora(lora, Lora(factors=state.adapters.factors(dict(files.best_weights())), diffs=state.adapters.diffs), card=card)
         before = () if job.matching else start.loras        # it took the LoRA's place
-        handle = replace(start, loras=(*before, str(lora)), fingerprint=fingerprint_tensors(best.items(), start.fingerprint), card=card)
+        handle = replace(start, loras=(*before, str(lora)), fingerprint=fingerprint_tensors(files.best_weights(), start.fingerprint), card=card)
     files.note("finished", {"handle": handle.to_json(), "report": _report(job, measured, state, planned, cache, prompts, Levers(**files.noted("levers"))), "step": state.step, "asked": asked,
                             "plain_cut": measured.plain.error, "yardstick": measured.yardstick})
     return finished_from_disk(files)

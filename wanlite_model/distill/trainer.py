@@ -27,7 +27,7 @@ from ..formats.lora import Lora
 from ..prompts import PromptBank
 from ..teacher import AbsentTeacher, Teacher, fingerprint_tensors
 from . import inputs
-from .begin import few_step_lora, fresh_state, online_teacher
+from .begin import beside, few_step_lora, fresh_state, online_teacher
 from .budget import GIB, USED, Budget, Machine, asking_flops, capped, check_disk, matrix_rate, plan, spilled, this_machine
 from .checkpoint import RunFolder, TrainState, size_of
 from .data import Ahead, Damaged, TeacherCache, check_latents, plan_units, seeded, student_sigmas
@@ -128,7 +128,8 @@ class Run:
         device, noted = self.teacher.device, self.files.noted("levers")
         machine = self.machine or this_machine(device, self.files.path, self.cache_root, self.job.levers)
         lora = few_step_lora(self.job, self.handle, self.teacher, self.start_from) if self.job.matching else self.start_from
-        budget = plan(self.job, self.handle.config, machine, device, self.prompts, lora, None if noted is None else Levers(**noted))
+        budget = plan(self.job, self.handle.config, machine, device, self.prompts, lora, None if noted is None else Levers(**noted),
+                      beside(self.job, self.handle, self.teacher, lora))
         kept = sum(file.stat().st_size for file in (self.files.checkpoint, self.files.best) if file.exists())
         limit = int(self.job.levers.runs_gib * GIB)
         used = [self.files.path, Path(self.handle.folder), *map(Path, self.handle.loras)]
@@ -140,11 +141,10 @@ class Run:
         return replace(budget, cache=missing.missing_bytes, asking_seconds=asking_flops(missing, self.teacher.config) / (USED * matrix_rate(device.type)))
 
     def _not_counted(self) -> str:
-        """A sentence where the figures leave something out, else nothing."""
+        """A sentence where the time leaves something out, else nothing."""
         recipe = self.job.recipe
-        asks = recipe.objective == "velocity + features" or recipe.own_states > 0 and not self.job.trajectory
-        return (" The teacher is asked at the steps too: its memory and time are not in these figures." if asks else
-                " A step is many forwards of the student and its critic beside this time." if self.job.matching else "")
+        asks = self.job.matching or recipe.objective == "velocity + features" or recipe.own_states > 0
+        return " What is asked of the teacher and of the student itself at the steps is not in this time." if asks else ""
 
     def _steps_to_come(self) -> int:
         """By what was asked for; 0 where minutes are still to be turned into steps."""
@@ -190,7 +190,7 @@ class Run:
             if not resumed:
                 self._keep_if_best(self.start.error)
             yield from self._train()
-        yield from self._load(self.state.trained, self.files.load_best().items(), "loading the best")
+        yield from self._load(self.state.trained, self.files.best_weights(), "loading the best")
         handed_out = yield from self._evaluate("evaluating what is handed out")
         yield Stage(name="writing the student", done=0, total=1)
         yield write_finished(self.job, self.files, self.handle, self.teacher, self.state, self.course.total, self._wanted(self.course), self.cache,
