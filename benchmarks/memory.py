@@ -52,7 +52,8 @@ SIZES = {"small": WanConfig(dim=384, ffn_dim=1024, num_layers=8), "1.3B": WanCon
 BRIEF = {"teacher_steps": 1, "renoised": 0.75, "evaluations": 1}
 TRAINED = {"adapters": Recipe(**BRIEF, rank=32), "all, AdamW": Recipe(**BRIEF), "all, Muon": Recipe(**BRIEF, optimizer="Muon")}
 FEW_STEPS = {**BRIEF, "rank": 32, "teacher_steps": 2, "student_steps": 2}
-OTHERS = {"all, features": Recipe(**BRIEF, objective="velocity + features"), "all, own states": Recipe(**BRIEF | {"teacher_steps": 2}, own_states=1.0),
+OTHERS = {"all, features": Recipe(**BRIEF, objective="velocity + features"),
+          "all, own states": Recipe(**BRIEF | {"teacher_steps": 2}, own_states=1.0),
           "adapters, trajectory": Recipe(**FEW_STEPS, objective="trajectory", own_states=1.0),
           "adapters, distribution": Recipe(**FEW_STEPS, objective="distribution")}
 
@@ -130,7 +131,8 @@ def lines(size: str, device_type: str) -> Iterator[Line]:
     whole, *_, cut = CLIPS[size]
     for trained, recipe in OTHERS.items():
         clips = whole if recipe.rank else replace(whole, blocks=cut.blocks)             # then the teacher is beside it
-        yield Line(size=size, clips=clips, trained=trained, levers=[levers for levers in settings(trained, clips, device_type) if not levers.swapped_blocks][-1])
+        *_, last = (levers for levers in settings(trained, clips, device_type) if not levers.swapped_blocks)
+        yield Line(size=size, clips=clips, trained=trained, levers=last)
 
 
 def settings(trained: str, clips: Clips, device_type: str) -> list[LeverSettings]:
@@ -147,7 +149,7 @@ def capped(size: str, caps: list[int]) -> Iterator[Line]:
 
 
 def measure(line: Line, folder: Path, device: torch.device) -> Peak:
-    """What the job is said to take and what it takes. folder: for the weights and the teacher's answers, which other lines share."""
+    """What the job is said to take, and what it takes. folder: for the weights and the teacher's answers, which other lines share."""
     teacher = FileTeacher(random_wan(SIZES[line.size], folder), shift=5.0, device=device)
     handle, start_from = started(line, teacher, folder), a_lora(line)
     bank = random_prompts()
@@ -271,8 +273,8 @@ def written(line: Line, peak: Peak) -> str:
     predicted, measured = ("-" if value is None else f"{value / GIB:.3f}" for value in (peak.predicted, peak.measured))
     ratio = "-" if None in (peak.predicted, peak.measured) else f"{peak.predicted / peak.measured:.3f}"
     verdict = "PASS" if peak.passes else "FAIL" if peak.predicted is not None else "refused before it began"
-    return (f"| {line.size} | {clips.blocks} | {clips.frames} x {clips.rows} x {clips.columns} | {clips.batch} | {line.trained}{card} | {'; then '.join(peak.levers)} | "
-            f"{predicted} | {measured} | {ratio} | {verdict} |")
+    return (f"| {line.size} | {clips.blocks} | {clips.frames} x {clips.rows} x {clips.columns} | {clips.batch} | {line.trained}{card} | "
+            f"{'; then '.join(peak.levers)} | {predicted} | {measured} | {ratio} | {verdict} |")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 Every line trains the same WAN on one clip a step. Lines take their steps in turn, so that noise hits all of them alike: a ratio is the median of
 those of steps that were made one after the other. The bare loop is the forward, backward, clipping, AdamW and weight average that anyone would
-write, on a batch that is there already; the trainer also reads its batch from disk, logs and tells. ComfyUI's TrainLoraNode trains a LoRA of the same
-rank in the same precision. The teacher's answers are in the cache. The share: floating-point operations of three forwards in the time of a step, to the measured rate of a matrix
-product. Peaks are those of whole jobs of two steps, loading included.
+write, on a batch that is there already; the trainer also reads its batch from disk, logs and tells. ComfyUI's TrainLoraNode trains a LoRA of the
+same rank in the same precision. The teacher's answers are in the cache. The share is that of the operations of three forwards in the time of a step
+in what a matrix product does in it, which is measured in turn too. Peaks are those of whole jobs of two steps, loading included.
 """
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Work(folder=Path(folder), device=device)
         peaks = {name: peak(work, name) for name in (*(name for name, line in LINES.items() if line.stock), STOCK, STOCK_AGAIN)}
-        print(table(work, timed(work, steps), peaks))
+        print(table(work, *timed(work, steps), peaks))
 
 
 @dataclass
@@ -131,8 +131,8 @@ class Work:
 
     def job(self, line: Line, steps: int) -> DistillJob:
         levers = asdict(replace(Levers(), checkpointing=line.checkpointing))
-        return DistillJob(student=self.student.fingerprint, teacher=self.teacher.fingerprint, prompts=self.bank.fingerprint, shape=self.shape, shift=5.0,
-                          steps=steps, recipe=line.recipe, levers=LeverSettings(**levers),
+        return DistillJob(student=self.student.fingerprint, teacher=self.teacher.fingerprint, prompts=self.bank.fingerprint, shape=self.shape,
+                          shift=5.0, steps=steps, recipe=line.recipe, levers=LeverSettings(**levers),
                           start_from=lora_fingerprint(self.lora) if line.recipe.objective == "distribution" else "")
 
     def events(self, line: Line, steps: int) -> Iterator[Event]:
@@ -144,8 +144,8 @@ class Work:
                    start_from=self.lora if job.start_from else None)
 
 
-def timed(work: Work, steps: int) -> dict[str, list[float]]:
-    """Seconds of each step of each line, all in turn."""
+def timed(work: Work, steps: int) -> tuple[dict[str, list[float]], list[float]]:
+    """Seconds of each step of each line, all in turn, and the rate of a matrix product before each of them."""
     with ExitStack() as stack:
         advance: dict[str, Advance] = {}
         for name, line in LINES.items():
@@ -156,10 +156,12 @@ def timed(work: Work, steps: int) -> dict[str, list[float]]:
         for name in (STOCK, STOCK_AGAIN):
             advance[name] = stack.enter_context(stock_loop(work, name == STOCK_AGAIN, WARM + steps))
         seconds: dict[str, list[float]] = {name: [] for name in advance}
+        rates = []
         for _ in range(WARM + steps):
+            rates.append(matrix_rate.__wrapped__(work.device.type))            # the function itself remembers its first answer
             for name, step in advance.items():
                 seconds[name].append(timing(step, work.device))
-    return {name: of[WARM:] for name, of in seconds.items()}
+    return {name: of[WARM:] for name, of in seconds.items()}, rates[WARM:]
 
 
 def timing(step: Advance, device: torch.device) -> float:
@@ -213,8 +215,8 @@ def stock_training(work: Work, model: Any, checkpointing: bool, steps: int) -> N
     given = {"batch_size": 1, "steps": steps, "grad_accumulation_steps": 1, "learning_rate": VELOCITY.learning_rate,
              "rank": RANK, "optimizer": "AdamW", "loss_function": "MSE", "seed": 0, "training_dtype": "bf16" if work.device.type == "cuda" else "fp32",
              "lora_dtype": "fp32", "algorithm": "LoRA", "gradient_checkpointing": checkpointing, "existing_lora": "[None]"}
-    TrainLoraNode.execute(model=[model], latents=[{"samples": clip} for clip in clips], positive=[[[context[None], {}]] for context in work.bank.contexts],
-                          **{name: [value] for name, value in given.items()})
+    TrainLoraNode.execute(model=[model], latents=[{"samples": clip} for clip in clips],
+                          positive=[[[context[None], {}]] for context in work.bank.contexts], **{name: [value] for name, value in given.items()})
 
 
 @contextmanager
@@ -261,11 +263,12 @@ def peak(work: Work, name: str) -> int:
         return most()
 
 
-HEADINGS = "| | s a step | to the bare loop | to TrainLoraNode | share of the matrix rate | peak MiB | to TrainLoraNode |\n|---|---|---|---|---|---|---|"
+HEADINGS = ("| | s a step | to the bare loop | to TrainLoraNode | share of the matrix rate | peak MiB | to TrainLoraNode |\n"
+            "|---|---|---|---|---|---|---|")
 
 
-def table(work: Work, seconds: dict[str, list[float]], peaks: dict[str, int]) -> str:
-    lines = [HEADINGS]
+def table(work: Work, seconds: dict[str, list[float]], rates: list[float], peaks: dict[str, int]) -> str:
+    lines, needed = [HEADINGS], 3 * forward_flops(work.config, tokens(work.shape))
     for name, of in seconds.items():
         line = LINES.get(name)
         bare = stock = memory = share = "-"
@@ -274,8 +277,7 @@ def table(work: Work, seconds: dict[str, list[float]], peaks: dict[str, int]) ->
         if line is not None and line.stock:
             stock, memory = judged(ratio(of, seconds[line.stock]), 1.0), judged(peaks[name] / peaks[line.stock], 1.0)
         if "all weights" in name:
-            needed = 3 * forward_flops(work.config, tokens(work.shape))
-            share = f"{needed / statistics.median(of) / matrix_rate(work.device.type):.2f}"
+            share = f"{ratio([needed / second for second in of], rates):.2f}"
         taken = f"{peaks[name] / MIB:.0f}" if name in peaks else "-"
         lines.append(f"| {name} | {statistics.median(of):.3f} | {bare} | {stock} | {share} | {taken} | {memory} |")
     return "\n".join(lines)
