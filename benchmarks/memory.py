@@ -97,7 +97,7 @@ class Line:
 class Peak:
     """Bytes that were predicted and that were measured, and what was done to save memory, first and after each time that it did not fit.
 
-    measured: None where it did not fit whatever was done; predicted: None where that was known before it began.
+    measured: None where it did not fit whatever was done. predicted: None where nothing could be said, or the job was refused: without levers.
     """
     predicted: int | None
     measured: int | None
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["1.3B", "14B"] if cuda else ["small"], help="default: %(default)s")
     if cuda:
         parser.add_argument("--cap", nargs="+", type=int, metavar="GIB", help="jobs on cards of these sizes, such as 8 12 16 24")
-    given, device = parser.parse_args(), torch.device("cuda" if cuda else "cpu")
+    given, device = parser.parse_args(), torch.device("cuda:0" if cuda else "cpu")
     print(HEADINGS, flush=True)
     for size in given.sizes:
         with tempfile.TemporaryDirectory() as folder:
@@ -165,7 +165,8 @@ def measure(line: Line, folder: Path, device: torch.device) -> Peak:
             measured = most()
         except WanLiteError:            # the card is too small, as was said before it began, or turned out to be
             pass
-    return Peak(predicted=plans[0].peaks.device if plans else None, measured=measured, levers=tuple(plan.rungs[0].told() for plan in plans))
+    said = plans[0].peaks if plans else None
+    return Peak(predicted=said and said.device, measured=measured, levers=tuple(plan.rungs[0].told() for plan in plans))
 
 
 def random_wan(config: WanConfig, folder: Path) -> Path:
@@ -272,7 +273,7 @@ def written(line: Line, peak: Peak) -> str:
     card = f", card of {line.cap} GiB" if line.cap else ""
     predicted, measured = ("-" if value is None else f"{value / GIB:.3f}" for value in (peak.predicted, peak.measured))
     ratio = "-" if None in (peak.predicted, peak.measured) else f"{peak.predicted / peak.measured:.3f}"
-    verdict = "PASS" if peak.passes else "FAIL" if peak.predicted is not None else "refused before it began"
+    verdict = "PASS" if peak.passes else "FAIL" if peak.levers else "refused before it began"
     return (f"| {line.size} | {clips.blocks} | {clips.frames} x {clips.rows} x {clips.columns} | {clips.batch} | {line.trained}{card} | "
             f"{'; then '.join(peak.levers)} | {predicted} | {measured} | {ratio} | {verdict} |")
 

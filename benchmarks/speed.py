@@ -85,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each line (default: %(default)s)")
     steps = parser.parse_args().steps
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     open_comfyui()
     import comfy.cli_args
     comfy.cli_args.args.cpu = device.type == "cpu"          # before comfy.model_management is imported
@@ -130,7 +130,7 @@ class Work:
         return Lora(factors=fresh_factors(WanLiteStudent.from_wan(self.config, device="meta"), RANK, torch.Generator()))
 
     def job(self, line: Line, steps: int) -> DistillJob:
-        levers = asdict(replace(Levers(), checkpointing=line.checkpointing))
+        levers = asdict(Levers(checkpointing=line.checkpointing))
         return DistillJob(student=self.student.fingerprint, teacher=self.teacher.fingerprint, prompts=self.bank.fingerprint, shape=self.shape,
                           shift=5.0, steps=steps, recipe=line.recipe, levers=LeverSettings(**levers),
                           start_from=lora_fingerprint(self.lora) if line.recipe.objective == "distribution" else "")
