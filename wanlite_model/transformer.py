@@ -22,6 +22,7 @@ from .errors import WanLiteError
 from .formats.card import StudentCard
 from .legacy import accepts_legacy, check_keywords
 from .mixins import ConfigMixin, ModelMixin, register_to_config
+from .pinned import host_memory
 
 
 class RMSNorm(nn.Module):
@@ -150,7 +151,7 @@ class WanLiteStudent(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
     card: StudentCard | None = None         # of the file it was read from; saved with it again
-    checkpoint_device: torch.device | None = None       # where checkpointed blocks' inputs lie until backward; None: where they are computed
+    checkpoints_on_cpu = False              # whether checkpointed blocks' inputs lie in CPU memory until backward
 
     @accepts_legacy
     @register_to_config
@@ -176,10 +177,10 @@ class WanLiteStudent(ModelMixin, ConfigMixin):
         self._initialise()
 
     @classmethod
-    def from_wan(cls, config: WanConfig, device: torch.device | str | None = None) -> WanLiteStudent:
+    def from_wan(cls, config: WanConfig, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> WanLiteStudent:
         """A student of this architecture with fresh weights; on the `meta` device it takes no memory."""
         with torch.device(device or "cpu"):
-            return cls(**config.to_wanlite())
+            return nn.Module.to(cls(**config.to_wanlite()), dtype)             # not diffusers' own, which warns
 
     @classmethod
     def filled(cls, config: WanConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: torch.device | str) -> WanLiteStudent:
@@ -267,7 +268,7 @@ class WanLiteStudent(ModelMixin, ConfigMixin):
 
     def _checkpointed(self, block: Block, x: Tensor, **shared: Any) -> Tensor:
         """The block's output, with x kept and the rest computed again. What is given by name is not saved: all blocks hold the same tensors."""
-        with nullcontext() if self.checkpoint_device is None else kept_on(self.checkpoint_device):
+        with kept_on_cpu() if self.checkpoints_on_cpu else nullcontext():
             return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **shared)       # nothing in a block is random
 
     def _tokens(self, latents: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
@@ -318,16 +319,15 @@ def computed_in(layer: nn.Linear) -> torch.dtype:
     return layer.bias.dtype
 
 
-def kept_on(device: torch.device) -> saved_tensors_hooks:
-    """While it lasts, what autograd saves is copied to `device`, and copied back when backward asks for it.
+def kept_on_cpu() -> saved_tensors_hooks:
+    """While it lasts, what autograd saves is copied to CPU memory, and copied back when backward asks for it.
 
-    From a GPU the copies go to pinned memory and nothing waits for them. All of it is in the order of the stream that computes: a tensor's
-    memory is used again only after its copy out, the copy back comes after that, and the CPU never reads what lies in between. A stream of its
-    own would hide the copies, but memory that a second stream has read is free only once that is done, and the CPU runs ahead of both: all
-    blocks' inputs would be on the GPU after all.
+    From a GPU nothing waits for the copies. All of it is in the order of the stream that computes: a tensor's memory is used again only after its
+    copy out, the copy back comes after that, and the CPU never reads what lies in between. A stream of its own would hide the copies, but memory
+    that a second stream has read is free only once that is done, and the CPU runs ahead of both: all blocks' inputs would be on the GPU after all.
     """
     def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
-        kept = torch.empty(tensor.shape, dtype=tensor.dtype, device=device, pin_memory=tensor.is_cuda and device.type == "cpu")
+        [kept] = host_memory([tensor], tensor.device)
         return tensor.device, kept.copy_(tensor, non_blocking=tensor.is_cuda)
 
     def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:

@@ -78,8 +78,8 @@ def work():
         print("begun", flush=True)
         time.sleep(600)
 
-threading.Thread(target=work, daemon=True).start()
 try:
+    threading.Thread(target=work, daemon=True).start()      # it may print before this returns
     time.sleep(600)
 except KeyboardInterrupt:
     pass

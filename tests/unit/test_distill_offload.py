@@ -1,4 +1,6 @@
 """What makes a training fit: block inputs kept elsewhere, a frozen base in float8, blocks that visit the device. Each for itself, and together."""
+import itertools
+
 import pytest
 import torch
 from helpers_tiny import random_wan
@@ -7,9 +9,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from wanlite_model import transformer
 from wanlite_model.distill.adapters import Adapters, BaseTeacher, fresh_factors
+from wanlite_model.distill.dry import dry_run
 from wanlite_model.distill.frozen import FLOAT8, Float8Linear, dequantised, hold_in_float8, places, quantised
-from wanlite_model.distill.swap import Swap, swap_blocks
+from wanlite_model.distill.swap import Swap, lay_out
+from wanlite_model.pinned import host_memory, pieces
 from wanlite_model.teacher import Cond, ModuleTeacher
+from wanlite_model.transformer import WanLiteStudent
 
 CPU = torch.device("cpu")
 DEPTH, TOKENS, DIM = 5, 2 * 3 * 6, 128
@@ -26,6 +31,26 @@ def frozen_wan():
     module = random_wan(depth=DEPTH).requires_grad_(False)
     module.enable_gradient_checkpointing()
     return module
+
+
+def laid_out(float8=False, swapped=0, dtype=torch.float32, device=CPU):
+    """The same WAN, as a training makes it that has to save memory."""
+    source = random_wan(depth=DEPTH)
+    module = WanLiteStudent.from_wan(source.wan, "meta", dtype).requires_grad_(False).eval()
+    module.enable_gradient_checkpointing()
+    if float8:
+        hold_in_float8(module, device)
+    lay_out(module, device, swapped)
+    if device == CPU:
+        filled(module, source.state_dict())
+    return module
+
+
+def filled(module, state):
+    into = places(module)
+    assert list(into) == list(state)
+    for name, value in state.items():
+        into[name].copy_(value)
 
 
 def adapters_of(module):
@@ -60,8 +85,8 @@ def alive(references):
     return sum(not reference.expired() for reference in references)
 
 
-@pytest.mark.parametrize("device", [None, CPU], ids=str)
-def test_inputs_of_blocks_are_kept_where_they_are_to_be_and_nowhere_else(device, plain, monkeypatch):
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_inputs_of_blocks_are_kept_where_they_are_to_be_and_nowhere_else(elsewhere, plain, monkeypatch):
     moved, seen = [], []
 
     def watched(pack, unpack):
@@ -70,26 +95,26 @@ def test_inputs_of_blocks_are_kept_where_they_are_to_be_and_nowhere_else(device,
     monkeypatch.setattr(transformer, "saved_tensors_hooks", watched)
     module = frozen_wan()
     adapters = adapters_of(module)
-    module.checkpoint_device = device
+    module.checkpoints_on_cpu = elsewhere
     for block in module.blocks:
         block.register_forward_pre_hook(lambda _, given: seen.append(StorageWeakRef(given[0].untyped_storage())))
     velocity = module(*inputs())
-    assert len(seen) == DEPTH and alive(seen) == (DEPTH if device is None else 0)
-    assert [shape for shape in moved if 0 not in shape] == ([] if device is None else [(2, TOKENS // 2, DIM)] * DEPTH)
+    assert len(seen) == DEPTH and alive(seen) == (0 if elsewhere else DEPTH)
+    assert [shape for shape in moved if 0 not in shape] == ([(2, TOKENS // 2, DIM)] * DEPTH if elsewhere else [])
     velocity.square().mean().backward()
     assert len(seen) == 2 * DEPTH                       # each was computed twice
     assert_same((velocity.detach(), {name: value.grad for name, value in adapters.parameters.items()}), plain)
 
 
 def test_a_student_that_is_trained_whole_gets_the_same_gradients_from_inputs_kept_elsewhere():
-    def gradients(device):
+    def gradients(elsewhere):
         module = random_wan(depth=2)
         module.enable_gradient_checkpointing()
-        module.checkpoint_device = device
+        module.checkpoints_on_cpu = elsewhere
         module(*inputs()).square().mean().backward()
         return [parameter.grad for parameter in module.parameters()]
 
-    assert all(map(torch.equal, gradients(None), gradients(CPU)))
+    assert all(map(torch.equal, gradients(False), gradients(True)))
 
 
 def test_a_matrix_in_float8_is_near_in_every_row_and_finite():
@@ -108,12 +133,10 @@ def test_a_matrix_in_float8_is_near_in_every_row_and_finite():
 
 
 def test_a_wan_in_float8_is_a_quarter_of_fp32_answers_alike_and_keeps_its_names():
-    module, (x, t, context) = random_wan(depth=DEPTH).requires_grad_(False), inputs()
-    names, before = list(module.state_dict()), {name: value.shape for name, value in module.named_parameters()}
+    whole, module = frozen_wan(), laid_out(float8=True)
+    names, before = list(whole.state_dict()), {name: value.shape for name, value in whole.named_parameters()}
     with torch.no_grad():
-        expected = module(x, t, context)
-        hold_in_float8(module, CPU)
-        found = module(x, t, context)
+        expected, found = whole(*inputs()), module(*inputs())
     assert list(module.state_dict()) == names and {name: value.shape for name, value in module.named_parameters()} == before
     held = [layer for layer in module.modules() if isinstance(layer, Float8Linear)]
     assert len(held) == DEPTH * MATRICES and all(layer.weight.element_size() == 1 for layer in held)
@@ -127,8 +150,7 @@ def float8_layers(module):
 
 
 def test_gradients_through_float8_are_those_of_the_matrices_it_stands_for_and_none_of_these_is_kept():
-    module, same = frozen_wan(), frozen_wan()
-    hold_in_float8(module, CPU)
+    module, same = laid_out(float8=True), frozen_wan()
     layers = float8_layers(module)
     with torch.no_grad():
         for path, layer in layers.items():
@@ -146,17 +168,12 @@ def test_gradients_through_float8_are_those_of_the_matrices_it_stands_for_and_no
 
 
 def test_other_weights_are_taken_and_the_first_come_back_bit_for_bit():
-    module, other = frozen_wan(), random_wan(seed=9, depth=DEPTH)
-    first = {name: value.clone() for name, value in module.state_dict().items()}
-    hold_in_float8(module, CPU)
+    module, first, other = laid_out(float8=True), random_wan(depth=DEPTH).state_dict(), random_wan(seed=9, depth=DEPTH)
     before = {path: (layer.weight.clone(), layer.scale.clone()) for path, layer in float8_layers(module).items()}
     with torch.no_grad():
         expected = module(*inputs())
         for source, check in ((other.state_dict(), other), (first, None)):
-            into = places(module)
-            assert list(into) == list(source)
-            for name, value in source.items():
-                into[name].copy_(value)
+            filled(module, source)
             found, wanted = module(*inputs()), expected if check is None else check(*inputs())
             assert torch.equal(found, wanted) if check is None else (found - wanted).norm() < 0.05 * wanted.norm()
     for path, layer in float8_layers(module).items():
@@ -193,17 +210,9 @@ def copies(monkeypatch):
     return Copies(monkeypatch)
 
 
-def swapped_wan(count, float8=False):
-    module = frozen_wan()
-    if float8:
-        hold_in_float8(module, CPU)
-    swap_blocks(module, count, CPU)
-    return module
-
-
 @pytest.mark.parametrize(("count", "which"), [(0, []), (1, [0]), (2, [0, 2]), (DEPTH, list(range(DEPTH)))])
 def test_swapped_blocks_learn_the_same_and_copies_live_no_longer_than_their_block_runs(count, which, plain, copies):
-    module = swapped_wan(count)
+    module = laid_out(swapped=count)
     copies.watch(module)
     adapters, twice = adapters_of(module), sorted(2 * which)
     with torch.no_grad():
@@ -218,7 +227,7 @@ def test_swapped_blocks_learn_the_same_and_copies_live_no_longer_than_their_bloc
 
 
 def test_a_block_that_is_passed_over_is_sent_for_in_vain_and_forgotten(copies):
-    module = swapped_wan(DEPTH)
+    module = laid_out(swapped=DEPTH)
     with torch.no_grad():
         assert torch.equal(module(*inputs(), skip_blocks=[2]), frozen_wan()(*inputs(), skip_blocks=[2]))
     assert copies.alive == 0 and len(copies.made) == DEPTH * MATRICES and copies.most == 2 * MATRICES
@@ -226,10 +235,7 @@ def test_a_block_that_is_passed_over_is_sent_for_in_vain_and_forgotten(copies):
 
 @pytest.mark.parametrize("float8", [False, True], ids=["as it is", "float8"])
 def test_only_matrices_of_swapped_blocks_stay_at_home(float8):
-    module = frozen_wan()
-    if float8:
-        hold_in_float8(module, CPU)
-    swap_blocks(module, 2, torch.device("meta"))        # stands for a GPU
+    module = laid_out(float8, 2, device=torch.device("meta"))           # stands for a GPU
     home = {name for name, value in module.state_dict().items() if value.device == CPU}
     matrices = {f"{path}.weight" for path, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)}
     assert home == {name for name in matrices if name.startswith(("blocks.0.", "blocks.2."))} and len(home) == 2 * MATRICES
@@ -237,7 +243,7 @@ def test_only_matrices_of_swapped_blocks_stay_at_home(float8):
 
 
 def test_a_swapped_block_without_checkpointing_is_right_too(copies):
-    module, same = swapped_wan(2), frozen_wan()
+    module, same = laid_out(swapped=2), frozen_wan()
     module.disable_gradient_checkpointing()
     same.disable_gradient_checkpointing()
     assert_same(learned(module, adapters_of(module)), learned(same, adapters_of(same)))
@@ -246,22 +252,16 @@ def test_a_swapped_block_without_checkpointing_is_right_too(copies):
 
 @pytest.mark.parametrize("float8", [False, True], ids=["as it is", "float8"])
 def test_a_state_dict_reaches_the_weights_of_swapped_blocks(float8):
-    module = swapped_wan(DEPTH, float8)
-    other = random_wan(seed=9, depth=DEPTH)
-    if float8:
-        hold_in_float8(other, CPU)
-    assert list(module.state_dict()) == list(other.state_dict())
-    source = random_wan(seed=9, depth=DEPTH).state_dict()
+    module, other, source = laid_out(float8, DEPTH), laid_out(float8), random_wan(seed=9, depth=DEPTH).state_dict()
     with torch.no_grad():
         module(*inputs())
-        into = places(module)
-        for name, value in source.items():
-            into[name].copy_(value)
+        filled(module, source)
+        filled(other, source)
         assert torch.equal(module(*inputs()), other(*inputs()))
 
 
 def test_a_block_that_fails_leaves_its_weights_where_they_were():
-    module = swapped_wan(2)
+    module = laid_out(swapped=2)
     homes = {name: value.data_ptr() for name, value in module.named_parameters()}
 
     def fail(*_):
@@ -282,14 +282,9 @@ def test_all_of_it_together_learns_what_float8_alone_learns(half, copies):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
             return module(*inputs())
 
-    def float8_wan():
-        module = frozen_wan().to(torch.bfloat16 if half else torch.float32)
-        hold_in_float8(module, CPU)
-        return module
-
-    alone, module, inside = float8_wan(), float8_wan(), []
-    swap_blocks(module, 3, CPU)
-    module.checkpoint_device = CPU
+    dtype, inside = torch.bfloat16 if half else torch.float32, []
+    alone, module = (laid_out(float8=True, swapped=swapped, dtype=dtype) for swapped in (0, 3))
+    module.checkpoints_on_cpu = True
     copies.watch(module)
     ours, its = adapters_of(module), adapters_of(alone)
     for block in module.blocks:
@@ -304,9 +299,25 @@ def test_all_of_it_together_learns_what_float8_alone_learns(half, copies):
 
 
 def test_a_base_in_float8_that_is_swapped_is_asked_as_a_teacher(copies):
-    module, alone, (x, t, context) = swapped_wan(3, float8=True), frozen_wan(), inputs()
-    hold_in_float8(alone, CPU)
+    module, alone, (x, t, context) = laid_out(swapped=3, float8=True), laid_out(float8=True), inputs()
     base = BaseTeacher(module, [adapters_of(module)], ModuleTeacher(random_wan(depth=1), shift=3.0))
     with torch.no_grad():
         assert torch.equal(base.velocity(x, t / 1000, Cond(context=context)), alone(x, 1000 * (t / 1000), context))
     assert copies.made and copies.alive == 0
+
+
+@pytest.mark.parametrize("sizes", [[1], [512, 513, 1], [7 * 2**20] * 400, [26 * 2**20] * 8 + [70 * 2**20] * 2])
+def test_pinned_memory_is_taken_in_pieces_that_are_full(sizes):
+    taken = [*pieces(sizes)]
+    assert sum(count for count, _ in taken) == len(sizes) and all(size & (size - 1) == 0 for _, size in taken)
+    starts = itertools.accumulate((count for count, _ in taken), initial=0)
+    assert all(sum(sizes[start:start + count]) <= size for start, (count, size) in zip(starts, taken))
+    assert sum(size for _, size in taken) <= 2 * sum(sizes) and (len(sizes) < 100 or sum(size for _, size in taken) < 1.05 * sum(sizes))
+
+
+def test_pinned_tensors_lie_apart_and_are_counted_as_torch_takes_them():
+    with dry_run("cuda") as count:
+        made = host_memory([torch.empty(3, 5, dtype=FLOAT8, device="cuda"), torch.empty(100, device="cuda")], torch.device("cuda"))
+        assert [(value.shape, value.dtype, value.storage_offset() * value.element_size()) for value in made] == [((3, 5), FLOAT8, 0), ((100,), torch.float32, 512)]
+        assert count.now("cpu") == 1024 and all(value.is_cpu for value in made)
+    assert [value.shape for value in host_memory(made, CPU)] == [(3, 5), (100,)]

@@ -1,9 +1,11 @@
 """WANs of real size are cut, loaded and saved in the memory that they need, and no copy more. The files are mostly holes."""
+import math
 import shutil
 
 import pytest
 from helpers_memory import ROOM, WAN_1_3B, WAN_14B, largest, linux_only, mark, python, sparse_wan
 
+from wanlite_model.formats.keymap import wan_shapes
 from wanlite_model.formats.read import open_wan
 
 pytestmark = linux_only
@@ -54,6 +56,21 @@ allow(int(sys.argv[1]))
 student = WanLiteStudent.from_pretrained(Path(sys.argv[2])) if sys.argv[4] == "bf16" else StudentHandle.of(Path(sys.argv[2])).load(torch.float32)
 allow(ROOM)
 student.save_pretrained(Path(sys.argv[3]), dtype=torch.bfloat16)
+"""
+
+FLOAT8 = """
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from helpers_memory import allow
+from wanlite_model.compress.handle import StudentHandle
+from wanlite_model.distill.begin import fresh_state
+from wanlite_model.distill.job import DistillJob, Recipe
+from wanlite_model.distill.levers import Levers
+job = DistillJob(student="", teacher="", prompts="", shape=(16, 1, 8, 8), shift=5.0, steps=1, recipe=Recipe(rank=1))
+student, teacher = StudentHandle.of(Path(sys.argv[2])), SimpleNamespace(device=torch.device("cpu"))
+allow(int(sys.argv[1]))
+fresh_state(job, student, teacher, None, Levers(frozen_float8=True))
 """
 
 NARROW = """
@@ -140,6 +157,17 @@ def test_a_loaded_student_is_in_memory_once_and_saving_it_adds_nothing(disk, dty
     done(LOAD_AND_SAVE, copy + largest(config) + ROOM, file, disk / "saved", dtype)
     assert copy > 3 * (largest(config) + ROOM)
     check_marks(disk / "saved", range(8))
+
+
+def test_a_base_in_float8_is_never_in_memory_in_another_dtype(disk):
+    config = WAN_14B.resized(num_layers=6, ffn_dim=WAN_14B.ffn_dim)
+    shapes = wan_shapes(config)
+    matrices = {name for name, shape in shapes.items() if name.startswith("blocks.") and len(shape) == 2}
+    held = sum(math.prod(shape) * (1 if name in matrices else 4) for name, shape in shapes.items())
+    made = (2 + 3 * 4) * max(math.prod(shapes[name]) for name in matrices)          # as it is read, in fp32, its magnitudes, scaled
+    room = held + made + ROOM
+    assert room < 4 * sum(map(math.prod, shapes.values())) / 2          # of all of it in fp32, which a CPU computes in
+    done(FLOAT8, room, sparse_wan(disk / "student.safetensors", config))
 
 
 def test_narrowing_the_ffn_holds_one_block_of_it(disk):

@@ -17,57 +17,59 @@ from ..transformer import WanLiteStudent
 from .adapters import Adapters, BaseTeacher, fresh_factors
 from .checkpoint import TrainState
 from .data import seeded
-from .frozen import hold_in_float8
+from .frozen import hold_in_float8, places
 from .job import DistillJob
 from .levers import Levers
 from .optim import Released, WeightAverage, is_matrix, make_optimizer
-from .swap import swap_blocks
+from .swap import lay_out
+
 
 def fresh_state(job: DistillJob, handle: StudentHandle, teacher: Teacher, start_from: Lora | None, levers: Levers = Levers()) -> TrainState:
     """The state before the first step. Raises WanLiteError when the student is not one that the objective can go on from."""
     begin, merged = start_from or Lora(factors={}), handle
     if job.matching:
         begin, merged = few_step_lora(job, handle, teacher, start_from), replace(handle, loras=())
-    frozen, device = job.recipe.rank > 0, teacher.device
-    dtype = None if frozen and device.type == "cuda" else torch.float32      # autocast computes in half precision, the CPU does not
-    moved = levers.frozen_float8 or levers.swapped_blocks            # made small before it comes to the device
-    module = merged.load(dtype, "cpu" if moved else device).train()
-    # What adapters cannot carry, or all of it where there are none, becomes part of the weights.
-    _merge(module, replace(begin, factors={}) if frozen else begin)
-    return state_of(job, module, begin, levers, device)
+    with merged.open() as opened:
+        module = empty_student(job, merged.config, levers, teacher.device, opened.source.dtype)
+        # What adapters cannot carry, or all of it where there are none, becomes part of the weights.
+        into, changes = places(module), replace(begin, factors={}) if job.recipe.rank else begin
+        with torch.no_grad():
+            for name, tensor in changes.merged(opened.tensors()):
+                into[name].copy_(tensor)
+    return state_of(job, module, begin, levers)
 
 
-def state_of(job: DistillJob, module: WanLiteStudent, begin: Lora, levers: Levers, device: torch.device) -> TrainState:
-    """What is trained of a module, and with what. begin: factors to begin with, where adapters are trained."""
-    adapters = critic = None
+def empty_student(job: DistillJob, config: WanConfig, levers: Levers, device: torch.device, stored: torch.dtype) -> WanLiteStudent:
+    """A student with memory for its weights, each where and as the levers want it. stored: the dtype that they are read in."""
+    cuda = device.type == "cuda"
+    dtype = stored if job.recipe.rank and cuda else torch.float32           # autocast computes in half precision, the CPU does not
+    module = WanLiteStudent.from_wan(config, "meta", dtype).train()
     if job.recipe.rank:
         module.requires_grad_(False)
         if levers.frozen_float8:
             hold_in_float8(module, device)
-        if levers.frozen_float8 or levers.swapped_blocks:
-            swap_blocks(module, levers.swapped_blocks, device)
-        adapters, critic = _adapters(job, module, begin)
-    elif levers.optimizer_8bit and device.type == "cuda":
+    elif levers.optimizer_8bit and cuda:
         for name, parameter in module.named_parameters():
             if is_matrix(name, parameter):
                 parameter.data = parameter.data.bfloat16()
     if levers.checkpointing:
         module.enable_gradient_checkpointing()
-    if levers.checkpoints_on_cpu:
-        module.checkpoint_device = torch.device("cpu")
+    module.checkpoints_on_cpu = levers.checkpoints_on_cpu
+    lay_out(module, device, levers.swapped_blocks)
+    return module
+
+
+def state_of(job: DistillJob, module: WanLiteStudent, begin: Lora, levers: Levers) -> TrainState:
+    """What is trained of a module that `empty_student` made, and with what. begin: factors to begin with, where adapters are trained."""
+    adapters = critic = None
+    if job.recipe.rank:
+        adapters, critic = _adapters(job, module, begin)
     own = dict(module.named_parameters()) if adapters is None else adapters.parameters
     trained = {**own, **({} if critic is None else {f"critic.{name}": value for name, value in critic.parameters.items()})}
-    average = WeightAverage(own, job.recipe.ema_decay, torch.device("cpu") if levers.optimizer_8bit else device)
+    average = WeightAverage(own, job.recipe.ema_decay, torch.device("cpu") if levers.optimizer_8bit else next(module.parameters()).device)
     optimizer = make_optimizer(trained, job.recipe, levers.optimizer_8bit, job.train_seed)
     released = Released(trained.values(), optimizer, job.recipe.max_grad_norm) if levers.gradient_release else None
     return TrainState(student=module, adapters=adapters, critic=critic, trained=trained, average=average, optimizer=optimizer, released=released)
-
-
-def _merge(module: WanLiteStudent, lora: Lora) -> None:
-    own = module.state_dict()
-    with torch.no_grad():
-        for name, value in lora.merged((name, own[name]) for name in lora.touched()):
-            own[name].copy_(value)
 
 
 def _adapters(job: DistillJob, module: WanLiteStudent, begin: Lora) -> tuple[Adapters, Adapters | None]:

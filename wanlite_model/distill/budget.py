@@ -28,7 +28,7 @@ from ..prompts import PromptBank
 from ..teacher import AbsentTeacher
 from ..transformer import WanLiteStudent
 from .adapters import BaseTeacher, adapter_size
-from .begin import state_of
+from .begin import empty_student, state_of
 from .checkpoint import TrainState, size_of
 from .data import Batch, TeacherCache, state_counts
 from .dry import dry_run
@@ -38,6 +38,7 @@ from .learner import TOKENS_A_PASS, Learner
 from .levers import Levers, LeverSettings, ladder
 from .modes import trains
 from .objectives import feature_pairs
+from .swap import lay_out
 
 log = logging.getLogger(__name__)
 
@@ -261,25 +262,24 @@ def _predicted(job: DistillJob, config: WanConfig, levers: Levers, device_type: 
 
 @trains
 def _dry_state(job: DistillJob, config: WanConfig, levers: Levers, device: torch.device, lora: Lora) -> TrainState:
-    home = torch.device("cpu") if levers.frozen_float8 or levers.swapped_blocks else device
-    return state_of(job, _dry_module(config, home, job.recipe.rank > 0 and device.type == "cuda").train(), lora, levers, device)
-
-
-def _dry_module(config: WanConfig, home: torch.device, half: bool) -> WanLiteStudent:
-    module, dtype = WanLiteStudent.from_wan(config, device="meta"), torch.bfloat16 if half else torch.float32
-    module.load_state_dict({name: torch.empty(shape, dtype=dtype, device=home) for name, shape in wan_shapes(config).items()}, assign=True)
-    return module
+    return state_of(job, empty_student(job, config, levers, device, torch.bfloat16), lora, levers)
 
 
 @trains
 def _dry_learner(job: DistillJob, state: TrainState, prompts: PromptBank, device: torch.device, config: WanConfig, beside: WanConfig | None) -> Learner:
     """Its batches are of the size that is asked for as if it were a step. Its teacher lies beside the student, or under the student's adapters."""
     its = beside or config
-    module = state.student if beside is None else _dry_module(beside, device, device.type == "cuda").requires_grad_(False)
+    module = state.student if beside is None else _dry_teacher(beside, device)
     adapters = [part for part in (state.adapters, state.critic) if part and beside is None]
     online = BaseTeacher(module, adapters, AbsentTeacher(its, shift=1.0, fingerprint="", name="", device=device))
     pairs = feature_pairs(interleaved(its.num_layers, config.num_layers), its.num_layers) if job.recipe.objective == "velocity + features" else ()
     return Learner(job=job, student=state.student, prompts=prompts, online=online, device=device, draw=lambda size: _batch(job.shape, size), pairs=tuple(pairs))
+
+
+def _dry_teacher(config: WanConfig, device: torch.device) -> WanLiteStudent:
+    module = WanLiteStudent.from_wan(config, "meta", torch.bfloat16 if device.type == "cuda" else torch.float32).requires_grad_(False)
+    lay_out(module, device)
+    return module
 
 
 @trains

@@ -19,12 +19,11 @@ class Float8Linear(nn.Linear):
     """A frozen linear layer. weight [out, in] in float8 times scale [out, 1] in fp32 is its matrix; bias has the dtype that it computes in."""
 
     def __init__(self, layer: nn.Linear, device: torch.device) -> None:
-        """Holds the layer's matrix where that lies now; the arithmetic is done on `device`. Hooks of the layer are not taken over."""
-        super().__init__(layer.in_features, layer.out_features, device="meta")
-        home = layer.weight.device
-        weight, scale = quantised(layer.weight.detach().to(device))
-        self.weight, self.bias = nn.Parameter(weight.to(home), requires_grad=False), layer.bias
-        self.register_buffer("scale", scale.to(home), persistent=False)         # a WAN's state dict has no such name
+        """In the place of a layer whose matrix lies nowhere yet (on the meta device), as this one's does. device: that the arithmetic is done on."""
+        super().__init__(layer.in_features, layer.out_features, device="meta", dtype=FLOAT8)
+        self.weight.requires_grad_(False)
+        self.bias = layer.bias
+        self.register_buffer("scale", torch.empty(layer.out_features, 1, device=device), persistent=False)         # a WAN's state dict has no such name
 
     def forward(self, x: Tensor) -> Tensor:
         return _Product.apply(x, self.weight, self.scale, self.bias)
@@ -51,7 +50,7 @@ class _Product(torch.autograd.Function):
 
 
 def hold_in_float8(module: WanLiteStudent, device: torch.device) -> None:
-    """Turns the linear layers of a frozen module's blocks into Float8Linear where they lie, one at a time, with `device` for the arithmetic."""
+    """Makes the linear layers of a frozen module's blocks Float8Linear, before there is memory for their matrices."""
     for block in module.blocks:
         for parent in tuple(block.modules()):
             for name, layer in tuple(parent.named_children()):

@@ -5,25 +5,32 @@ needs them again: with gradient checkpointing it runs the block again, which bri
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from ..pinned import host_memory
 from ..transformer import WanLiteStudent
 
-Weights = dict[nn.Linear, nn.Parameter]         # the matrices of a block, by layer
+Weights = Mapping[nn.Linear, nn.Parameter | None]         # the matrices of a block, by layer
 
 
-def swap_blocks(module: WanLiteStudent, count: int, device: torch.device) -> None:
-    """Moves a frozen module from CPU memory to `device`, but for the matrices of `count` of its blocks, evenly apart.
+def lay_out(module: WanLiteStudent, device: torch.device, swapped: int = 0) -> None:
+    """Gives a module whose tensors lie nowhere yet (on the meta device) memory on `device`, unfilled; it must not be moved or cast afterwards.
 
-    What is small (biases, norms, modulation, scales) moves in all blocks. The module must not be moved or cast afterwards.
+    swapped: so many of its blocks, evenly apart, get it for their matrices in CPU memory and have these visit the device. They must be frozen.
     """
-    blocks = [module.blocks[i * len(module.blocks) // count] for i in range(count)]
-    swap = Swap([_taken_home(block, device) for block in blocks], device)
-    module.to(device)
+    blocks = [module.blocks[i * len(module.blocks) // swapped] for i in range(swapped)]
+    layers = [[layer for layer in block.modules() if isinstance(layer, nn.Linear)] for block in blocks]
+    memory = iter(host_memory([layer.weight for of_block in layers for layer in of_block], device))
+    swap = Swap([{layer: _frozen(next(memory)) for layer in of_block} for of_block in layers], device)
+    for of_block in layers:
+        _put(dict.fromkeys(of_block))
+    for part in module.modules():
+        for name, value in tuple(part.named_parameters(recurse=False)):
+            setattr(part, name, nn.Parameter(torch.empty_like(value, device=device), requires_grad=value.requires_grad))
     for place, block in enumerate(blocks):
         swap.drop(place)
         block.register_forward_pre_hook(lambda *_, place=place: swap.bring(place))
@@ -68,17 +75,6 @@ class Swap:
             for layer, weight in weights.items():
                 weight.copy_(self.homes[place][layer], non_blocking=True)
         return weights
-
-
-def _taken_home(block: nn.Module, device: torch.device) -> Weights:
-    """The block's matrices in CPU memory, pinned where a GPU fetches them: copying from there waits for nothing. The layers are left without."""
-    home: Weights = {}
-    for layer in block.modules():
-        if isinstance(layer, nn.Linear):
-            there = torch.empty(layer.weight.shape, dtype=layer.weight.dtype, device="cpu", pin_memory=device.type == "cuda")
-            home[layer] = _frozen(there.copy_(layer.weight.detach()))
-            layer.weight = None
-    return home
 
 
 def _put(weights: Weights) -> None:
