@@ -1,13 +1,14 @@
 """What a job is said to take beside what it takes: `python -m benchmarks.memory` from the repository's root, one table with their ratio.
 
 A line is a whole job of the engine, from loading to the student that is handed out, on random weights and with the teacher's answers in the cache.
-On a CPU the WAN is small, and the bytes of live tensors are counted; on a GPU it has the size of a released one, and what torch allocated at the
-most, beyond what it had, counts. --cap: another process takes so much of the card that it looks that small, and the job chooses its levers itself;
-the line says whether it came through with them.
+On a CPU the WAN is small, and the bytes of live tensors are counted; on a GPU it has the width of a released one, and what torch allocated at the
+most, beyond what it had, counts. --cap: presets on whole WANs of released sizes, in clips of 832 x 480 and 17 frames. Another process takes so much of
+the card that it looks that small, and the job chooses its levers itself; a line passes that came through with them. Seconds are of the last step.
 """
 from __future__ import annotations
 
 import argparse
+import logging
 import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,14 +25,16 @@ from torch import Tensor
 
 from wanlite_model.compress.build import create_student
 from wanlite_model.compress.handle import StudentHandle
+from wanlite_model.compress.plan import interleaved
 from wanlite_model.config import WanConfig
 from wanlite_model.distill import data
 from wanlite_model.distill.adapters import fresh_factors
-from wanlite_model.distill.events import Planned
+from wanlite_model.distill.events import Planned, Step
 from wanlite_model.distill.inputs import Inputs
 from wanlite_model.distill.job import DistillJob, Recipe
 from wanlite_model.distill.levers import LeverSettings, ladder
 from wanlite_model.distill.live import LiveBytes
+from wanlite_model.distill.presets import PRESETS
 from wanlite_model.distill.trainer import fill, lora_fingerprint, run
 from wanlite_model.errors import WanLiteError
 from wanlite_model.formats.keymap import wan_shapes
@@ -43,6 +46,8 @@ from wanlite_model.transformer import WanLiteStudent
 
 from . import result_of
 
+log = logging.getLogger(__name__)
+
 GIB = 2**30
 WITHIN = 0.1                    # of what was measured
 STEPS = 2                       # with the second the optimizer has its moments
@@ -52,6 +57,7 @@ SIZES = {"small": WanConfig(dim=384, ffn_dim=1024, num_layers=8), "1.3B": WanCon
 BRIEF = {"teacher_steps": 1, "renoised": 0.75, "evaluations": 1}
 TRAINED = {"adapters": Recipe(**BRIEF, rank=32), "all, AdamW": Recipe(**BRIEF), "all, Muon": Recipe(**BRIEF, optimizer="Muon")}
 FEW_STEPS = {**BRIEF, "rank": 32, "teacher_steps": 2, "student_steps": 2}
+CAPPED = {name: replace(PRESETS[name].recipe, **BRIEF) for name in ("no-cfg", "slim")}
 OTHERS = {"all, features": Recipe(**BRIEF, objective="velocity + features"),
           "all, own states": Recipe(**BRIEF | {"teacher_steps": 2}, own_states=1.0),
           "adapters, trajectory": Recipe(**FEW_STEPS, objective="trajectory", own_states=1.0),
@@ -74,9 +80,11 @@ class Clips:
 
 CLIPS = {"small": (Clips(frames=5, rows=20, columns=20, batch=2, blocks=8), Clips(frames=1, rows=32, columns=32, batch=1, blocks=8),
                    Clips(frames=9, rows=16, columns=16, batch=16, blocks=4)),
-         "1.3B": (Clips(frames=9, rows=60, columns=104, batch=4, blocks=30), Clips(frames=1, rows=60, columns=104, batch=8, blocks=30),
-                  Clips(frames=21, rows=60, columns=104, batch=1, blocks=20)),
-         "14B": (Clips(frames=9, rows=60, columns=104, batch=4, blocks=40), Clips(frames=21, rows=60, columns=104, batch=1, blocks=30))}
+         "1.3B": (Clips(frames=5, rows=60, columns=104, batch=2, blocks=10), Clips(frames=1, rows=60, columns=104, batch=8, blocks=10),
+                  Clips(frames=9, rows=60, columns=104, batch=1, blocks=6)),
+         "14B": (Clips(frames=5, rows=60, columns=104, batch=2, blocks=4), Clips(frames=9, rows=60, columns=104, batch=1, blocks=3))}
+WHOLE = Clips(frames=5, rows=60, columns=104, batch=4, blocks=0)            # on the cards of --cap; blocks: as many as the preset is for
+RAM = 64                        # GiB of the computer around such a card
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,18 +98,21 @@ class Line:
 
     @property
     def recipe(self) -> Recipe:
-        return replace({**TRAINED, **OTHERS}[self.trained], batch_size=self.clips.batch)
+        return replace({**TRAINED, **OTHERS, **CAPPED}[self.trained], batch_size=self.clips.batch)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peak:
-    """Bytes that were predicted and that were measured, and what was done to save memory, first and after each time that it did not fit.
+    """Bytes that were predicted and that were measured, and what was done to save memory, first and after each time that it did not fit; seconds of a
+    step that were expected and that it took.
 
     measured: None where it did not fit whatever was done. predicted: None where nothing could be said, or the job was refused: without levers.
     """
     predicted: int | None
     measured: int | None
     levers: tuple[str, ...]
+    expected: float
+    seconds: float
 
     @property
     def passes(self) -> bool:
@@ -115,11 +126,15 @@ def main() -> None:
     if cuda:
         parser.add_argument("--cap", nargs="+", type=int, metavar="GIB", help="jobs on cards of these sizes, such as 8 12 16 24")
     given, device = parser.parse_args(), torch.device("cuda:0" if cuda else "cpu")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     print(HEADINGS, flush=True)
     for size in given.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            for line in capped(size, given.cap) if cuda and given.cap else lines(size, device.type):
-                print(written(line, measure(line, Path(folder), device)), flush=True)
+            caps = cuda and given.cap
+            config = SIZES[size] if caps else SIZES[size].resized(num_layers=CLIPS[size][0].blocks, ffn_dim=SIZES[size].ffn_dim)
+            teacher = FileTeacher(random_wan(config, Path(folder), device), shift=5.0, device=device)
+            for line in capped(size, caps) if caps else lines(size, device.type):
+                print(written(line, measure(line, teacher, Path(folder))), flush=True)
 
 
 def lines(size: str, device_type: str) -> Iterator[Line]:
@@ -143,37 +158,41 @@ def settings(trained: str, clips: Clips, device_type: str) -> list[LeverSettings
 
 
 def capped(size: str, caps: list[int]) -> Iterator[Line]:
+    blocks = SIZES[size].num_layers
     for cap in caps:
-        for trained in TRAINED:
-            yield Line(size=size, clips=CLIPS[size][0], trained=trained, cap=cap)
+        for preset in CAPPED:
+            yield Line(size=size, clips=replace(WHOLE, blocks=len(interleaved(blocks, blocks * 2 // 3)) if preset == "slim" else blocks), trained=preset,
+                       levers=LeverSettings(ram_gib=RAM), cap=cap)
 
 
-def measure(line: Line, folder: Path, device: torch.device) -> Peak:
-    """What the job is said to take, and what it takes. folder: for the weights and the teacher's answers, which other lines share."""
-    teacher = FileTeacher(random_wan(SIZES[line.size], folder), shift=5.0, device=device)
-    handle, start_from = started(line, teacher, folder), a_lora(line)
+def measure(line: Line, teacher: FileTeacher, folder: Path) -> Peak:
+    """What the job is said to take, and what it takes. folder: for the teacher's answers, which other lines share."""
+    device = teacher.device
+    handle, start_from = started(line, teacher, folder), a_lora(line, teacher)
     bank = random_prompts()
     job = DistillJob(student=handle.fingerprint, teacher=teacher.fingerprint, prompts=bank.fingerprint, shape=line.clips.shape, shift=5.0, cfg=3.0,
                      steps=STEPS, recipe=line.recipe, levers=line.levers, start_from=lora_fingerprint(start_from) if start_from else "")
     for _ in fill(job, folder / "cache", Noise(teacher), Inputs(student=handle, prompts=bank)):
         pass
-    plans, measured = [], None
+    plans, seconds, measured = [], [], None
     with tempfile.TemporaryDirectory(dir=folder) as place, looking_like(line.cap, device), watched(device) as most:
         try:
             for event in run(job, Path(place) / "run", folder / "cache", teacher, handle, bank, start_from=start_from):
                 plans += [event.budget] if isinstance(event, Planned) else []
+                seconds += [event.seconds] if isinstance(event, Step) else []
             measured = most()
-        except WanLiteError:            # the card is too small, as was said before it began, or turned out to be
-            pass
+        except WanLiteError as error:           # the card is too small, as was said before it began, or turned out to be
+            log.info("%s", error)
     said = plans[0].peaks if plans else None
-    return Peak(predicted=said and said.device, measured=measured, levers=tuple(plan.rungs[0].told() for plan in plans))
+    return Peak(predicted=said and said.device, measured=measured, levers=tuple(plan.rungs[0].told() for plan in plans),
+                expected=plans[-1].step_seconds if plans else 0.0, seconds=seconds[-1] if seconds else 0.0)
 
 
-def random_wan(config: WanConfig, folder: Path) -> Path:
-    """A file of such a WAN, in bf16."""
+def random_wan(config: WanConfig, folder: Path, device: torch.device = torch.device("cpu")) -> Path:
+    """A file of such a WAN, in bf16. device: that draws its numbers."""
     file = folder / f"{config.dim}.safetensors"
     if not file.exists():
-        write_student(file, config=config, tensors=((name, torch.randn(shape) * 0.02) for name, shape in wan_shapes(config).items()),
+        write_student(file, config=config, tensors=((name, torch.randn(shape, device=device).mul_(0.02).bfloat16()) for name, shape in wan_shapes(config).items()),
                       layout="single file", dtype=torch.bfloat16)
     return file
 
@@ -191,11 +210,11 @@ def started(line: Line, teacher: FileTeacher, folder: Path) -> StudentHandle:
     return result_of(create_student(teacher, None, line.clips.shape, depth=line.clips.blocks, method="interleaved", folder=folder / "starts"))[0]
 
 
-def a_lora(line: Line) -> Lora | None:
+def a_lora(line: Line, teacher: FileTeacher) -> Lora | None:
     """What distribution matching goes on from."""
     if line.recipe.objective != "distribution":
         return None
-    return Lora(factors=fresh_factors(WanLiteStudent.from_wan(SIZES[line.size], device="meta"), line.recipe.rank, torch.Generator()))
+    return Lora(factors=fresh_factors(WanLiteStudent.from_wan(teacher.config, device="meta"), line.recipe.rank, torch.Generator()))
 
 
 class Noise:
@@ -264,8 +283,8 @@ def hold_all_but(left: int, signal: Connection) -> None:
     del held
 
 
-HEADINGS = ("| WAN | blocks | latents | batch | trained | to save memory | predicted GiB | measured GiB | ratio | |\n"
-            "|---|---|---|---|---|---|---|---|---|---|")
+HEADINGS = ("| WAN | blocks | latents | batch | trained | to save memory | predicted GiB | measured GiB | ratio | | expected s a step | took |\n"
+            "|---|---|---|---|---|---|---|---|---|---|---|---|")
 
 
 def written(line: Line, peak: Peak) -> str:
@@ -275,7 +294,7 @@ def written(line: Line, peak: Peak) -> str:
     ratio = "-" if None in (peak.predicted, peak.measured) else f"{peak.predicted / peak.measured:.3f}"
     verdict = "PASS" if peak.passes else "FAIL" if peak.levers else "refused before it began"
     return (f"| {line.size} | {clips.blocks} | {clips.frames} x {clips.rows} x {clips.columns} | {clips.batch} | {line.trained}{card} | "
-            f"{'; then '.join(peak.levers)} | {predicted} | {measured} | {ratio} | {verdict} |")
+            f"{'; then '.join(peak.levers)} | {predicted} | {measured} | {ratio} | {verdict} | {peak.expected:.2f} | {peak.seconds:.2f} |")
 
 
 if __name__ == "__main__":

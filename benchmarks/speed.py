@@ -111,7 +111,7 @@ class Work:
 
     @cached_property
     def file(self) -> Path:
-        return random_wan(self.config, self.folder)
+        return random_wan(self.config, self.folder, self.device)
 
     @cached_property
     def bank(self) -> PromptBank:

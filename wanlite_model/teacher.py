@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from . import flow
-from .config import WanConfig
+from .config import PATCH, WanConfig
 from .errors import WanLiteError
 from .formats.read import open_wan
+from .swap import lay_out
 from .transformer import WanLiteStudent
 
 Tap = Callable[[Tensor, Tensor], None]      # (what a module was given, what it answered)
 SAMPLES = 64                                # numbers of each tensor that enter a fingerprint
+ACTIVATIONS = 48                            # bytes of a token at its fullest, for each number of it, beside the FFN's
+VISITING = 2                                # blocks are on the device at once: at work, and on its way
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +131,10 @@ class ModuleTeacher:
 
 
 class FileTeacher:
-    """A WAN file or folder as the teacher. Its module is in memory while it is asked, and only then. Raises WanLiteError when it is not a whole WAN."""
+    """A WAN file or folder as the teacher. Its module is in memory while it is asked, and only then. Raises WanLiteError when it is not a whole WAN.
+
+    On a GPU that is too small for it, its blocks lie in CPU memory and visit.
+    """
 
     def __init__(self, path: Path, *, shift: float, device: torch.device, name: str = "") -> None:
         with open_wan(path) as source:
@@ -137,9 +144,7 @@ class FileTeacher:
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, *, skip: Collection[int] = (), taps: Mapping[str, Tap] = {}) -> Tensor:
         if self._opened is None:
-            dtype = torch.float32 if self.device.type == "cpu" else None
-            module = WanLiteStudent.from_pretrained(self.path, torch_dtype=dtype, device=self.device).requires_grad_(False)
-            self._opened = ModuleTeacher(module, shift=self.shift)
+            self._opened = ModuleTeacher(self._module(x), shift=self.shift)
         return self._opened.velocity(x, sigma, cond, skip=skip, taps=taps)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -150,6 +155,34 @@ class FileTeacher:
         self._opened = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _module(self, x: Tensor) -> WanLiteStudent:
+        with open_wan(self.path) as source, torch.inference_mode(False), torch.no_grad():
+            dtype = torch.float32 if self.device.type == "cpu" else source.dtype
+            module = WanLiteStudent.from_wan(self.config, "meta", dtype).requires_grad_(False).eval()
+            lay_out(module, self.device, must_visit(module, x.shape, free_memory(self.device)))
+            into = module.state_dict()
+            for name, tensor in source.tensors():
+                into[name].copy_(tensor)
+        return module
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can be had on it; on a CPU, where nothing can visit from elsewhere, any number."""
+    if device.type != "cuda":
+        return math.inf
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def must_visit(module: WanLiteStudent, shape: Sequence[int], free: float) -> int:
+    """How many blocks must lie elsewhere, so that a forward of latents of this shape [B, C, T, H, W] fits into so many bytes."""
+    count, config = math.prod(shape) // (shape[1] * math.prod(PATCH)), module.wan
+    at_work = count * (ACTIVATIONS * config.dim + 4 * config.ffn_dim)
+    whole = sum(value.numel() * value.element_size() for value in module.parameters())
+    block = sum(value.numel() * value.element_size() for value in module.blocks[0].parameters())
+    if whole + at_work <= free:
+        return 0
+    return min(len(module.blocks), math.ceil((whole + at_work + VISITING * block - free) / block))
 
 
 class AbsentTeacher:

@@ -3,9 +3,10 @@ import pytest
 import torch
 
 from benchmarks import memory
-from benchmarks.memory import Clips, Line, measure, written
+from benchmarks.memory import Clips, Line, measure, random_wan, written
 from wanlite_model.config import WanConfig
 from wanlite_model.distill.levers import LeverSettings
+from wanlite_model.teacher import FileTeacher
 
 CLIPS = Clips(frames=1, rows=32, columns=32, batch=4, blocks=3)
 
@@ -20,5 +21,6 @@ def test_a_whole_job_takes_what_was_predicted(folder, monkeypatch, trained, leve
     monkeypatch.setitem(memory.SIZES, "small", WanConfig(dim=256, ffn_dim=512, num_layers=3))
     off = dict.fromkeys(("checkpointing", "frozen_float8", "optimizer_8bit"), False)
     line = Line(size="small", clips=CLIPS, trained=trained, levers=LeverSettings(**off | levers))
-    peak = measure(line, folder, torch.device("cpu"))
+    teacher = FileTeacher(random_wan(memory.SIZES["small"], folder), shift=5.0, device=torch.device("cpu"))
+    peak = measure(line, teacher, folder)
     assert peak.passes and "PASS" in written(line, peak), peak

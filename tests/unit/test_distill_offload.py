@@ -1,5 +1,6 @@
 """What makes a training fit: block inputs kept elsewhere, a frozen base in float8, blocks that visit the device. Each for itself, and together."""
 import itertools
+import math
 
 import pytest
 import torch
@@ -7,13 +8,14 @@ from helpers_tiny import random_wan
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from wanlite_model import teacher as teachers
 from wanlite_model import transformer
 from wanlite_model.distill.adapters import Adapters, BaseTeacher, fresh_factors
 from wanlite_model.distill.dry import dry_run
 from wanlite_model.distill.frozen import FLOAT8, Float8Linear, dequantised, hold_in_float8, places, quantised
-from wanlite_model.distill.swap import Swap, lay_out
 from wanlite_model.pinned import host_memory, pieces
-from wanlite_model.teacher import Cond, ModuleTeacher
+from wanlite_model.swap import Swap, lay_out
+from wanlite_model.teacher import Cond, FileTeacher, ModuleTeacher
 from wanlite_model.transformer import WanLiteStudent
 
 CPU = torch.device("cpu")
@@ -304,6 +306,22 @@ def test_a_base_in_float8_that_is_swapped_is_asked_as_a_teacher(copies):
     with torch.no_grad():
         assert torch.equal(base.velocity(x, t / 1000, Cond(context=context)), alone(x, 1000 * (t / 1000), context))
     assert copies.made and copies.alive == 0
+
+
+@pytest.mark.parametrize(("left", "visiting"), [(math.inf, 0), (DEPTH + 0.1, 0), (DEPTH - 0.1, 3), (3, 4), (0, DEPTH)])
+def test_blocks_of_a_teacher_visit_a_device_that_is_too_small_for_it(left, visiting, tmp_path, monkeypatch, copies):
+    random_wan(depth=DEPTH).save_pretrained(tmp_path / "wan", dtype=torch.float32)
+    shell, x = random_wan(depth=DEPTH), inputs()[0]
+    block, at_work = sum(4 * value.numel() for value in shell.blocks[0].parameters()), x[:, 0].numel() // 4 * (48 * DIM + 4 * shell.wan.ffn_dim)
+    beside = sum(4 * value.numel() for value in shell.parameters()) - DEPTH * block
+    monkeypatch.setattr(teachers, "free_memory", lambda _: beside + at_work + left * block)
+    teacher = FileTeacher(tmp_path / "wan", shift=3.0, device=CPU)
+    with torch.inference_mode():
+        found = teacher.velocity(x, torch.tensor([0.9, 0.1]), Cond(context=inputs()[2]))
+    assert len(copies.made) == visiting * MATRICES and copies.alive == 0
+    assert torch.equal(found, ModuleTeacher(shell, shift=3.0).velocity(x, torch.tensor([0.9, 0.1]), Cond(context=inputs()[2])))
+    teacher.release()
+    assert teacher.velocity(x, torch.tensor([0.9, 0.1]), Cond(context=inputs()[2])).equal(found)
 
 
 @pytest.mark.parametrize("sizes", [[1], [512, 513, 1], [7 * 2**20] * 400, [26 * 2**20] * 8 + [70 * 2**20] * 2])

@@ -15,8 +15,9 @@ from demo.comfy_path import ROOT
 LAYERS = (
     ("wanlite_model.errors",),
     ("wanlite_model.config", "wanlite_model.files", "wanlite_model.flow"),
-    ("wanlite_model.legacy", "wanlite_model.mixins", "wanlite_model.formats"),
+    ("wanlite_model.legacy", "wanlite_model.mixins", "wanlite_model.formats", "wanlite_model.pinned"),
     ("wanlite_model.transformer",),
+    ("wanlite_model.swap",),
     ("wanlite_model.teacher",),
     ("wanlite_model.prompts",),
     ("wanlite_model.compress",),

@@ -12,6 +12,7 @@ from ..compress.handle import StudentHandle
 from ..config import WanConfig
 from ..errors import WanLiteError
 from ..formats.lora import Factors, Lora, read_lora, stacked
+from ..swap import lay_out
 from ..teacher import Teacher
 from ..transformer import WanLiteStudent
 from .adapters import Adapters, BaseTeacher, fresh_factors
@@ -21,7 +22,6 @@ from .frozen import hold_in_float8, places
 from .job import DistillJob
 from .levers import Levers
 from .optim import Released, WeightAverage, is_matrix, make_optimizer
-from .swap import lay_out
 
 
 def fresh_state(job: DistillJob, handle: StudentHandle, teacher: Teacher, start_from: Lora | None, levers: Levers = Levers()) -> TrainState:

@@ -25,6 +25,7 @@ from ..errors import WanLiteError
 from ..formats.keymap import wan_shapes
 from ..formats.lora import Factors, Lora
 from ..prompts import PromptBank
+from ..swap import lay_out
 from ..teacher import AbsentTeacher
 from ..transformer import WanLiteStudent
 from .adapters import BaseTeacher, adapter_size
@@ -38,7 +39,6 @@ from .learner import TOKENS_A_PASS, Learner
 from .levers import Levers, LeverSettings, ladder
 from .modes import trains
 from .objectives import feature_pairs
-from .swap import lay_out
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from ..pinned import host_memory
-from ..transformer import WanLiteStudent
+from .pinned import host_memory
+from .transformer import WanLiteStudent
 
 Weights = Mapping[nn.Linear, nn.Parameter | None]         # the matrices of a block, by layer
 
