@@ -23,9 +23,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from wanlite_model.compress.blockwise import heal_blocks
 from wanlite_model.compress.build import create_student
 from wanlite_model.compress.handle import StudentHandle
-from wanlite_model.compress.plan import interleaved
+from wanlite_model.compress.importance import Probe
+from wanlite_model.compress.plan import CompressionPlan, interleaved
 from wanlite_model.config import WanConfig
 from wanlite_model.distill import data
 from wanlite_model.distill.adapters import fresh_factors
@@ -39,6 +41,7 @@ from wanlite_model.distill.trainer import fill, lora_fingerprint, run
 from wanlite_model.errors import WanLiteError
 from wanlite_model.formats.keymap import wan_shapes
 from wanlite_model.formats.lora import Lora
+from wanlite_model.formats.read import open_wan
 from wanlite_model.formats.write import write_student
 from wanlite_model.prompts import PromptBank
 from wanlite_model.teacher import FileTeacher
@@ -84,6 +87,7 @@ CLIPS = {"small": (Clips(frames=5, rows=20, columns=20, batch=2, blocks=8), Clip
                   Clips(frames=9, rows=60, columns=104, batch=1, blocks=6)),
          "14B": (Clips(frames=5, rows=60, columns=104, batch=2, blocks=4), Clips(frames=9, rows=60, columns=104, batch=1, blocks=3))}
 WHOLE = Clips(frames=5, rows=60, columns=104, batch=4, blocks=0)            # on the cards of --cap; blocks: as many as the preset is for
+PROBED = 4                      # states that blocks are trained on
 RAM = 64                        # GiB of the computer around such a card
 
 
@@ -135,6 +139,8 @@ def main() -> None:
             teacher = FileTeacher(random_wan(config, Path(folder), device), shift=5.0, device=device)
             for line in capped(size, caps) if caps else lines(size, device.type):
                 print(written(line, measure(line, teacher, Path(folder))), flush=True)
+            for cap in caps or ():
+                print(written_block_wise(size, cap, block_wise(teacher, cap)), flush=True)
 
 
 def lines(size: str, device_type: str) -> Iterator[Line]:
@@ -186,6 +192,24 @@ def measure(line: Line, teacher: FileTeacher, folder: Path) -> Peak:
     said = plans[0].peaks if plans else None
     return Peak(predicted=said and said.device, measured=measured, levers=tuple(plan.rungs[0].told() for plan in plans),
                 expected=plans[-1].step_seconds if plans else 0.0, seconds=seconds[-1] if seconds else 0.0)
+
+
+def block_wise(teacher: FileTeacher, cap: int) -> int | None:
+    """The most that training block by block takes, of the last two blocks that stay where one is taken away between them; None where it does not fit."""
+    last = teacher.config.num_layers - 1
+    plan = CompressionPlan(keep=(*range(last - 1), last), ffn_dim=teacher.config.ffn_dim, method="given", teacher_layers=last + 1,
+                           teacher_ffn_dim=teacher.config.ffn_dim)
+    probe = Probe(x=torch.randn(PROBED, 16, WHOLE.frames, WHOLE.rows, WHOLE.columns), sigma=torch.rand(PROBED), context=random_prompts().cond(range(PROBED)).context)
+    with looking_like(cap, teacher.device), open_wan(teacher.path) as source, watched(teacher.device) as most:
+        try:
+            for _ in heal_blocks(teacher, lambda name: source.tensor(name.replace(f"blocks.{last - 1}.", f"blocks.{last}.")), plan, probe, STEPS, lambda _: None):
+                pass
+            return most()
+        except torch.cuda.OutOfMemoryError as error:
+            log.info("%s", error)
+            return None
+        finally:
+            teacher.release()
 
 
 def random_wan(config: WanConfig, folder: Path, device: torch.device = torch.device("cpu")) -> Path:
@@ -295,6 +319,12 @@ def written(line: Line, peak: Peak) -> str:
     verdict = "PASS" if peak.passes else "FAIL" if peak.levers else "refused before it began"
     return (f"| {line.size} | {clips.blocks} | {clips.frames} x {clips.rows} x {clips.columns} | {clips.batch} | {line.trained}{card} | "
             f"{'; then '.join(peak.levers)} | {predicted} | {measured} | {ratio} | {verdict} | {peak.expected:.2f} | {peak.seconds:.2f} |")
+
+
+def written_block_wise(size: str, cap: int, most: int | None) -> str:
+    measured, verdict = ("-", "FAIL") if most is None else (f"{most / GIB:.3f}", "PASS")
+    return (f"| {size} | {SIZES[size].num_layers} | {WHOLE.frames} x {WHOLE.rows} x {WHOLE.columns} | 1 | block by block, card of {cap} GiB | | - | {measured} | - | "
+            f"{verdict} | - | - |")
 
 
 if __name__ == "__main__":

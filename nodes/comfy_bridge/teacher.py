@@ -19,7 +19,7 @@ from ...wanlite_model.errors import WanLiteError
 from ...wanlite_model.flow import TIMESTEPS
 from ...wanlite_model.formats.keymap import wan_shapes
 from ...wanlite_model.teacher import Cond, Tap, fingerprint_tensors, tapped
-from .memory import parameters
+from .memory import EVERYTHING, make_room, parameters
 from .patches import plain_copy
 
 PREFIX = "diffusion_model."
@@ -104,7 +104,8 @@ class ComfyTeacher:
             yield name, yielded
 
     def release(self) -> None:
-        """Nothing: ComfyUI moves it off the device when room is asked for."""
+        """Has ComfyUI move it, and what else it has there, off the device; it comes back when it is asked again."""
+        make_room(EVERYTHING)
 
     @contextmanager
     def _mode(self) -> Iterator[None]:
