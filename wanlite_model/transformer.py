@@ -26,14 +26,14 @@ from .pinned import host_memory
 
 
 class RMSNorm(nn.Module):
-    """Over all heads at once, in fp32."""
+    """Over all heads at once; in fp32 whatever it is given, by torch's own kernels."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), EPS).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), EPS)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -66,7 +66,7 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         x = x.to(computed_in(self.q))                                                # [B, N, D]
         q, k = rotate(heads(self.norm_q(self.q(x))), rope), rotate(heads(self.norm_k(self.k(x))), rope)
         return self.o(attend(q, k, heads(self.v(x))))
@@ -99,13 +99,13 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, x: Tensor, e: Tensor, rope: tuple[Tensor, Tensor], text: Tensor, padding: Tensor | None,
+    def forward(self, x: Tensor, e: Tensor, rope: Tensor, text: Tensor, padding: Tensor | None,
                 image: Tensor | None) -> Tensor:
         """x [B, N, D], e [B, F, 6, D] in fp32 -> [B, N, D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = per_token(self.modulation.float() + e, x.shape[1]).unbind(2)
-        x = x + gate1 * self.self_attn(self.norm1(x) * (1 + scale1) + shift1, rope)
+        x = x + gate1 * self.self_attn(torch.addcmul(shift1, self.norm1(x), 1 + scale1), rope)
         x = x + self.cross_attn(self.norm3(x), text, padding, image)
-        hidden = (self.norm2(x) * (1 + scale2) + shift2).to(computed_in(self.ffn[0]))
+        hidden = torch.addcmul(shift2, self.norm2(x), 1 + scale2).to(computed_in(self.ffn[0]))
         return x + gate2 * self.ffn(hidden)
 
 
@@ -119,7 +119,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         """x [B, N, D], e [B, F, D] in fp32 -> patches [B, N, 4 C]."""
         shift, scale = per_token(self.modulation.float() + e.unsqueeze(2), x.shape[1]).unbind(2)
-        return self.head(self.norm(x) * (1 + scale) + shift)
+        return self.head(torch.addcmul(shift, self.norm(x), 1 + scale))
 
 
 class ImageEmbedding(nn.Module):
@@ -315,8 +315,11 @@ class WanLiteStudent(ModelMixin, ConfigMixin):
 
 
 def computed_in(layer: nn.Linear) -> torch.dtype:
-    """The dtype that it takes its input in: its bias', since a frozen weight may be held in fewer bits."""
-    return layer.bias.dtype
+    """The dtype that it takes its input in: autocast's, which would cast for each layer anew, or its bias', since a frozen weight may be held in fewer
+    bits.
+    """
+    device = layer.bias.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.bias.dtype
 
 
 def kept_on_cpu() -> saved_tensors_hooks:
@@ -354,8 +357,8 @@ def float64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def rope_table(grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [N, 64]: 22 pairs turn with the frame, 21 with the row, 21 with the column (RoPE, Su et al. 2021)."""
+def rope_table(grid: tuple[int, int, int], device: torch.device) -> Tensor:
+    """exp(i angle) [N, 64]: 22 pairs turn with the frame, 21 with the row, 21 with the column (RoPE, Su et al. 2021)."""
     third, where = 2 * (HEAD_DIM // 6), float64_device(device)
     angles = []
     for axis, (size, width) in enumerate(zip(grid, (HEAD_DIM - 2 * third, third, third))):
@@ -365,14 +368,13 @@ def rope_table(grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor
         shape[axis] = size
         angles.append(turns.reshape(shape).expand(*grid, -1))
     table = torch.cat(angles, dim=-1).flatten(0, 2)
-    return table.cos().float().to(device), table.sin().float().to(device)
+    return torch.polar(torch.ones_like(table), table).to(torch.complex64).to(device)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Turns neighbouring pairs of [B, heads, N, 128] by the table's angles, in fp32."""
-    cos, sin = rope
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                  # [B, heads, N, 64]
+    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
 
 
 def per_token(e: Tensor, tokens: int) -> Tensor:

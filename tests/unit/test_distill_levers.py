@@ -56,7 +56,7 @@ def test_what_a_user_sets_stays_so_on_every_rung():
 @pytest.mark.parametrize(("rank", "recipe"), [(0, {"optimizer": "Muon"}), (0, {}), (32, {})], ids=["muon", "adamw", "lora"])
 def test_each_rung_takes_less_of_the_card(rank, recipe):
     bank = random_bank(1)
-    peaks = [predicted(job(rank, **recipe), WIDE, levers, "cuda", bank).device / GIB for levers in rungs(rank > 0, blocks=8)]
+    peaks = [predicted(job(rank, frames=13, **recipe), WIDE, levers, "cuda", bank).device / GIB for levers in rungs(rank > 0, blocks=8)]
     assert all(a > b for a, b in zip(peaks, peaks[1:])) and peaks[0] > 4 * peaks[-1], peaks
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -48,8 +48,9 @@ class Adapters:
         def add(_: nn.Module, given: tuple[Tensor, ...], answered: Tensor) -> Tensor | None:
             if not self.enabled:
                 return None
-            with torch.autocast(answered.device.type, enabled=answered.dtype != torch.float32, dtype=answered.dtype):
-                return answered + scale * F.linear(F.linear(given[0].to(answered.dtype), a), b).to(answered.dtype)
+            with _computing_in(answered.dtype, answered.device.type):
+                down = F.linear(given[0].flatten(0, -2).to(answered.dtype), a)                      # [B N, rank]
+                return torch.addmm(answered.flatten(0, -2), down, b.mT, alpha=scale).view_as(answered)
         return add
 
     @contextmanager
@@ -87,6 +88,14 @@ class BaseTeacher(ModuleTeacher):
             # As the student is run: what the two differ in must not be rounding.
             stack.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"))
             return super().velocity(*state, **asked)
+
+
+def _computing_in(dtype: torch.dtype, device_type: str) -> AbstractContextManager:
+    """Autocast to `dtype`, or what there is where that is the same: there are hundreds of layers, and each autocast costs the CPU some time."""
+    wanted, enabled = dtype != torch.float32, torch.is_autocast_enabled(device_type)
+    if wanted == enabled and (not enabled or dtype == torch.get_autocast_dtype(device_type)):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=wanted, dtype=dtype)
 
 
 def adapter_size(config: WanConfig, rank: int) -> int:
