@@ -12,7 +12,7 @@ import torch
 from wanlite_model.compress.importance import tokens
 from wanlite_model.compress.plan import interleaved
 from wanlite_model.config import TEXT_DIM, WanConfig
-from wanlite_model.distill.budget import GIB, USED, Machine, Peaks, forward_flops, predicted, run_bytes, step_flops
+from wanlite_model.distill.budget import GIB, USED, Machine, Peaks, forward_flops, predicted, run_bytes, step_seconds
 from wanlite_model.distill.data import state_counts
 from wanlite_model.distill.job import DistillJob
 from wanlite_model.distill.levers import Levers, LeverSettings, ladder
@@ -75,7 +75,7 @@ def cache_bytes(job: DistillJob) -> int:
 def hours(job: DistillJob, teacher: WanConfig, student: WanConfig, levers: Levers) -> float:
     """Of asking the teacher (guided: twice) and of the steps, by arithmetic."""
     asked = PROMPTS * sum(state_counts(job)) * 2 * forward_flops(teacher, tokens(job.shape))
-    return (asked + STEPS * step_flops(job, student, levers)) / (USED * RATE) / 3600
+    return (asked / (USED * RATE) + STEPS * step_seconds(job, student, levers, RATE, "cuda")) / 3600
 
 
 if __name__ == "__main__":

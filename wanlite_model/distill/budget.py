@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 GIB = 2**30
 SPARE = 0.92                    # of what is free: allocators round up, and libraries take workspaces
 USED = 0.45                     # of a matrix rate that training reaches
+AVERAGED = 1.2e-9               # seconds a step for each number whose average lies in CPU memory: over the bus, and there; beside an H200 it took that
 BACKWARD = 2                    # forwards that a backward pass is worth
 SLOW, SLOW_STEPS = 10, 5        # memory elsewhere makes steps some fifty times as long; arithmetic may err by a few times
 PARTS = 2                       # of a batch that are run dry: with the second there are gradients already
@@ -130,7 +131,7 @@ def plan(job: DistillJob, config: WanConfig, machine: Machine, device: torch.dev
 
     def budget(rungs: Sequence[Levers], peaks: Peaks | None) -> Budget:
         return Budget(rungs=tuple(rungs), peaks=peaks, machine=machine, run=0 if peaks is None else run_bytes(peaks, config, job),
-                      step_seconds=step_flops(job, config, rungs[0]) / (USED * matrix_rate(device.type)))
+                      step_seconds=step_seconds(job, config, rungs[0], matrix_rate(device.type), device.type))
 
     for i, levers in enumerate(rungs):
         try:
@@ -156,6 +157,17 @@ def _refused(job: DistillJob, config: WanConfig, machine: Machine, peaks: Peaks,
         if any(peaks_of(replace(adapters, shape=shape.shape), config).fit(machine) for shape in (job, *fewer[:1])):
             return WanLiteError(found, "", "Set rank to 32 in WanLite Recipe: adapters are trained instead of all weights, and that fits.")
     return WanLiteError(found, "", "Lower the width and height of the LATENT, take away more blocks with WanLite Create Student, or close what else uses the card.")
+
+
+def step_seconds(job: DistillJob, config: WanConfig, levers: Levers, rate: float, device_type: str) -> float:
+    """Of a step on a device whose matrix products do `rate` operations a second."""
+    averaged = _size(config, job.recipe.rank) if levers.optimizer_8bit and device_type == "cuda" else 0
+    return step_flops(job, config, levers) / (USED * rate) + AVERAGED * averaged
+
+
+def _size(config: WanConfig, rank: int) -> int:
+    """Numbers of what is trained."""
+    return adapter_size(config, rank) if rank else sum(map(math.prod, wan_shapes(config).values()))
 
 
 def step_flops(job: DistillJob, config: WanConfig, levers: Levers) -> float:
@@ -192,8 +204,7 @@ def matrix_rate(device_type: str) -> float:
 
 def run_bytes(peaks: Peaks, config: WanConfig, job: DistillJob) -> int:
     """On disk: the checkpoint, the next one while it is written, the best weights and the student that is handed out, in bf16."""
-    handed_out = 2 * (adapter_size(config, job.recipe.rank) if job.recipe.rank else sum(map(math.prod, wan_shapes(config).values())))
-    return 2 * peaks.saved + 3 * handed_out
+    return 2 * peaks.saved + 3 * 2 * _size(config, job.recipe.rank)
 
 
 def check_disk(needed: int, free: int, place: Path, what: str) -> None:
