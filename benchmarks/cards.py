@@ -2,10 +2,13 @@
 
     python -m benchmarks.cards
 
-Nothing is measured and nothing is trained; it runs anywhere. Latents are those of 832 x 480 and 17 frames (one for 'image'), 24 prompts and 1000 steps.
+Nothing is trained; it runs anywhere. Latents are those of 832 x 480 and 17 frames (one for 'image'), 24 prompts and 1000 steps.
 A student to be cut has two thirds of the blocks. A card has a GiB less than its name, for the desktop and for CUDA itself; the computer has 64 GB.
+What `python -m benchmarks.memory --cap` measured on a card made to look that small stands beside it, in bold (benchmarks/memory.md).
 """
 from __future__ import annotations
+
+from itertools import zip_longest
 
 import torch
 
@@ -24,6 +27,8 @@ CARDS = (8, 12, 16, 24, 80)
 CUT = ("slim", "keep-cfg", "image")     # presets for a student with fewer blocks
 FRAMES, ROWS, COLUMNS = 5, 60, 104
 PROMPTS, STEPS = 24, 1000
+MEASURED = {("no-cfg", "1.3B", 8): "6.0 C", ("no-cfg", "1.3B", 12): "6.0 C", ("no-cfg", "1.3B", 24): "6.0 C", ("no-cfg", "14B", 24): "20.2 COF",
+            ("slim", "1.3B", 8): "6.5 CO8", ("slim", "1.3B", 12): "6.5 CO8"}
 RATE = 100e12                           # operations a second of a matrix product, that hours are told for
 TEXT = torch.ones(64, TEXT_DIM)         # a prompt's tokens
 BANK = PromptBank(prompts=("",), contexts=(TEXT,), negative_text="", negative=TEXT)
@@ -38,7 +43,9 @@ def main() -> None:
             student = teacher.resized(num_layers=len(interleaved(teacher.num_layers, teacher.num_layers * 2 // 3)), ffn_dim=teacher.ffn_dim) if name in CUT else teacher
             job = DistillJob(student="", teacher="", prompts="", shape=(16, preset.frames or FRAMES, ROWS, COLUMNS), shift=5.0, steps=STEPS,
                              recipe=preset.recipe, fold_guidance=preset.fold_guidance)
-            print(f"| {name} | {size} | {' | '.join(row(job, teacher, student))} |", flush=True)
+            cells = [f"{cell}, **{MEASURED[name, size, card]}**" if (name, size, card) in MEASURED else cell
+                     for cell, card in zip_longest(row(job, teacher, student), CARDS)]
+            print(f"| {name} | {size} | {' | '.join(cells)} |", flush=True)
 
 
 def row(job: DistillJob, teacher: WanConfig, student: WanConfig) -> list[str]:

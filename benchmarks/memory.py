@@ -3,7 +3,8 @@
 A line is a whole job of the engine, from loading to the student that is handed out, on random weights and with the teacher's answers in the cache.
 On a CPU the WAN is small, and the bytes of live tensors are counted; on a GPU it has the width of a released one, and what torch allocated at the
 most, beyond what it had, counts. --cap: presets on whole WANs of released sizes, in clips of 832 x 480 and 17 frames. Another process takes so much of
-the card that it looks that small, and the job chooses its levers itself; a line passes that came through with them. Seconds are of the last step.
+the card that it looks that small, and the job chooses its levers itself; a line passes that came through with them. Seconds are of the last step;
+on a CPU, where the counting takes long, there are none.
 """
 from __future__ import annotations
 
@@ -113,8 +114,7 @@ class Peak:
     predicted: int | None
     measured: int | None
     levers: tuple[str, ...]
-    expected: float
-    seconds: float
+    seconds: tuple[float, float] | None = None
 
     @property
     def passes(self) -> bool:
@@ -192,7 +192,7 @@ def measure(line: Line, teacher: FileTeacher, folder: Path) -> Peak:
             log.info("%s", error)
     said = plans[0].peaks if plans else None
     return Peak(predicted=said and said.device, measured=measured, levers=tuple(plan.rungs[0].told() for plan in plans),
-                expected=plans[-1].step_seconds if plans else 0.0, seconds=seconds[-1] if seconds else 0.0)
+                seconds=(plans[-1].step_seconds, seconds[-1]) if seconds and device.type == "cuda" else None)
 
 
 def block_wise(teacher: FileTeacher, cap: int) -> int | None:
@@ -317,9 +317,10 @@ def written(line: Line, peak: Peak) -> str:
     card = f", card of {line.cap} GiB" if line.cap else ""
     predicted, measured = ("-" if value is None else f"{value / GIB:.3f}" for value in (peak.predicted, peak.measured))
     ratio = "-" if None in (peak.predicted, peak.measured) else f"{peak.predicted / peak.measured:.3f}"
+    seconds = "- | -" if peak.seconds is None else " | ".join(f"{value:.2f}" for value in peak.seconds)
     verdict = "PASS" if peak.passes else "FAIL" if peak.levers else "refused before it began"
     return (f"| {line.size} | {clips.blocks} | {clips.frames} x {clips.rows} x {clips.columns} | {clips.batch} | {line.trained}{card} | "
-            f"{'; then '.join(peak.levers)} | {predicted} | {measured} | {ratio} | {verdict} | {peak.expected:.2f} | {peak.seconds:.2f} |")
+            f"{'; then '.join(peak.levers)} | {predicted} | {measured} | {ratio} | {verdict} | {seconds} |")
 
 
 def written_block_wise(size: str, cap: int, most: int | None) -> str:
