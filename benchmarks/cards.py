@@ -2,12 +2,13 @@
 
     python -m benchmarks.cards
 
-Nothing is trained; it runs anywhere. Latents are those of 832 x 480 and 17 frames (one for 'image'), 24 prompts and 1000 steps.
+Nothing is trained; it runs anywhere. Clips are of 832 x 480 and 17 frames (one for 'image'), 24 prompts and 1000 steps.
 A student to be cut has two thirds of the blocks. A card has a GiB less than its name, for the desktop and for CUDA itself; the computer has 64 GB.
 What `python -m benchmarks.memory --cap` measured on a card made to look that small stands beside it, in bold (benchmarks/memory.md).
 """
 from __future__ import annotations
 
+import math
 from itertools import zip_longest
 
 import torch
@@ -22,10 +23,11 @@ from wanlite_model.distill.levers import Levers, LeverSettings, ladder
 from wanlite_model.distill.presets import PRESETS
 from wanlite_model.prompts import PromptBank
 
-SIZES = {"1.3B": WanConfig(dim=1536, ffn_dim=8960, num_layers=30), "14B": WanConfig(dim=5120, ffn_dim=13824, num_layers=40)}
+SIZES = {"1.3B": WanConfig(dim=1536, ffn_dim=8960, num_layers=30), "5B": WanConfig(dim=3072, ffn_dim=14336, num_layers=30, in_dim=48, out_dim=48),
+         "14B": WanConfig(dim=5120, ffn_dim=13824, num_layers=40)}
 CARDS = (8, 12, 16, 24, 80)
 CUT = ("slim", "keep-cfg", "image")     # presets for a student with fewer blocks
-FRAMES, ROWS, COLUMNS = 5, 60, 104
+FRAMES, HEIGHT, WIDTH = 5, 480, 832     # latent frames; pixels
 PROMPTS, STEPS = 24, 1000
 MEASURED = {("no-cfg", "1.3B", 8): "6.0 C", ("no-cfg", "1.3B", 12): "6.0 C", ("no-cfg", "1.3B", 24): "6.0 C", ("no-cfg", "14B", 24): "20.2 COF",
             ("slim", "1.3B", 8): "6.5 CO8", ("slim", "1.3B", 12): "6.5 CO8"}
@@ -41,7 +43,9 @@ def main() -> None:
     for name, preset in PRESETS.items():
         for size, teacher in SIZES.items():
             student = teacher.resized(num_layers=len(interleaved(teacher.num_layers, teacher.num_layers * 2 // 3)), ffn_dim=teacher.ffn_dim) if name in CUT else teacher
-            job = DistillJob(student="", teacher="", prompts="", shape=(16, preset.frames or FRAMES, ROWS, COLUMNS), shift=5.0, steps=STEPS,
+            scale = 16 if teacher.out_dim == 48 else 8          # pixels a latent pixel
+            shape = (teacher.out_dim, preset.frames or FRAMES, HEIGHT // scale, WIDTH // scale)
+            job = DistillJob(student="", teacher="", prompts="", shape=shape, shift=5.0, steps=STEPS,
                              recipe=preset.recipe, fold_guidance=preset.fold_guidance)
             cells = [f"{cell}, **{MEASURED[name, size, card]}**" if (name, size, card) in MEASURED else cell
                      for cell, card in zip_longest(row(job, teacher, student), CARDS)]
@@ -76,7 +80,7 @@ def cache_bytes(job: DistillJob) -> int:
     """Of the teacher's answers to each prompt once."""
     path, renoised = state_counts(job)
     columns = 1 if job.trajectory else 3
-    return PROMPTS * (path + renoised + job.trajectory) * columns * 2 * 16 * job.shape[1] * ROWS * COLUMNS
+    return PROMPTS * (path + renoised + job.trajectory) * columns * 2 * math.prod(job.shape)
 
 
 def hours(job: DistillJob, teacher: WanConfig, student: WanConfig, levers: Levers) -> float:
