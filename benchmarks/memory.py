@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["1.3B", "14B"] if cuda else ["small"], help="default: %(default)s")
     if cuda:
         parser.add_argument("--cap", nargs="+", type=int, metavar="GIB", help="jobs on cards of these sizes, such as 8 12 16 24")
+        parser.add_argument("--batch", type=int, default=4, help="clips a step of these jobs (default: %(default)s, as in the presets)")
         parser.add_argument("--presets", nargs="+", choices=CAPPED, default=[*CAPPED], help="of these jobs; default: %(default)s")
     given, device = parser.parse_args(), torch.device("cuda:0" if cuda else "cpu")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -138,7 +139,7 @@ def main() -> None:
             caps = cuda and given.cap
             config = SIZES[size] if caps else SIZES[size].resized(num_layers=CLIPS[size][0].blocks, ffn_dim=SIZES[size].ffn_dim)
             teacher = FileTeacher(random_wan(config, Path(folder), device), shift=5.0, device=device)
-            for line in capped(size, caps, given.presets) if caps else lines(size, device.type):
+            for line in capped(size, caps, given.presets, given.batch) if caps else lines(size, device.type):
                 print(written(line, measure(line, teacher, Path(folder))), flush=True)
             if caps:
                 print(written_block_wise(size, caps[0], block_wise(teacher, caps[0])), flush=True)
@@ -164,12 +165,12 @@ def settings(trained: str, clips: Clips, device_type: str) -> list[LeverSettings
     return [LeverSettings(**asdict(levers)) for levers in rungs if not (levers.optimizer_8bit and recipe.optimizer == "Muon")]
 
 
-def capped(size: str, caps: list[int], presets: list[str]) -> Iterator[Line]:
+def capped(size: str, caps: list[int], presets: list[str], batch: int) -> Iterator[Line]:
     blocks = SIZES[size].num_layers
     for cap in caps:
         for preset in presets:
-            yield Line(size=size, clips=replace(WHOLE, blocks=len(interleaved(blocks, blocks * 2 // 3)) if preset == "slim" else blocks), trained=preset,
-                       levers=LeverSettings(ram_gib=RAM), cap=cap)
+            stay = len(interleaved(blocks, blocks * 2 // 3)) if preset == "slim" else blocks
+            yield Line(size=size, clips=replace(WHOLE, blocks=stay, batch=batch), trained=preset, levers=LeverSettings(ram_gib=RAM), cap=cap)
 
 
 def measure(line: Line, teacher: FileTeacher, folder: Path) -> Peak:

@@ -1,6 +1,7 @@
 """What a teacher is to the engine, and the teacher that is a module in this process."""
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,12 +17,13 @@ from . import flow
 from .config import PATCH, WanConfig
 from .errors import WanLiteError
 from .formats.read import open_wan
+from .pinned import give_back
 from .swap import lay_out
 from .transformer import WanLiteStudent
 
 Tap = Callable[[Tensor, Tensor], None]      # (what a module was given, what it answered)
 SAMPLES = 64                                # numbers of each tensor that enter a fingerprint
-ACTIVATIONS = 48                            # bytes of a token at its fullest, for each number of it, beside the FFN's
+ACTIVATIONS = 60                            # bytes for each number of a token that a forward takes at the most; in bf16 it is half of that
 VISITING = 2                                # blocks are on the device at once: at work, and on its way
 
 
@@ -54,8 +56,8 @@ class Teacher(Protocol):
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Bare WAN names and tensors on the CPU, one at a time: dequantised, LoRA patches baked in."""
 
-    def release(self) -> None:
-        """Frees what it holds on the device until it is asked again."""
+    def release(self, needed: float = math.inf) -> None:
+        """Frees what it holds on the device until it is asked again, unless `needed` bytes can be had there as it is."""
 
 
 def guided_pair(teacher: Teacher, x: Tensor, sigma: Tensor, positive: Cond, negative: Cond | None) -> tuple[Tensor, Tensor | None]:
@@ -126,7 +128,7 @@ class ModuleTeacher:
         for name, tensor in self.module.state_dict().items():
             yield name, tensor.detach().cpu()
 
-    def release(self) -> None:
+    def release(self, needed: float = math.inf) -> None:
         """Nothing: whoever made the module holds it."""
 
 
@@ -141,26 +143,34 @@ class FileTeacher:
             self.config, self.fingerprint = source.config, fingerprint_tensors(source.tensors())
         self.path, self.shift, self.device, self.name, self.notes = path, shift, device, name or path.name, ()
         self._opened: ModuleTeacher | None = None
+        self._asked = 0                     # bytes that the largest batch so far took at work
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, *, skip: Collection[int] = (), taps: Mapping[str, Tap] = {}) -> Tensor:
+        if (asked := at_work(self.config, x.shape)) > self._asked:
+            self._asked = asked
+            self.release(asked)
         if self._opened is None:
-            self._opened = ModuleTeacher(self._module(x), shift=self.shift)
+            self._opened = ModuleTeacher(self._module(), shift=self.shift)
         return self._opened.velocity(x, sigma, cond, skip=skip, taps=taps)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         with open_wan(self.path) as source:
             yield from source.tensors()
 
-    def release(self) -> None:
+    def release(self, needed: float = math.inf) -> None:
+        if self._opened is None or needed < math.inf and needed <= free_memory(self.device):
+            return
         self._opened = None
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
+            give_back()
 
-    def _module(self, x: Tensor) -> WanLiteStudent:
+    def _module(self) -> WanLiteStudent:
         with open_wan(self.path) as source, torch.inference_mode(False), torch.no_grad():
             dtype = torch.float32 if self.device.type == "cpu" else source.dtype
             module = WanLiteStudent.from_wan(self.config, "meta", dtype).requires_grad_(False).eval()
-            lay_out(module, self.device, must_visit(module, x.shape, free_memory(self.device)))
+            lay_out(module, self.device, must_visit(module, free_memory(self.device) - self._asked))
             into = module.state_dict()
             for name, tensor in source.tensors():
                 into[name].copy_(tensor)
@@ -174,15 +184,16 @@ def free_memory(device: torch.device) -> float:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def must_visit(module: WanLiteStudent, shape: Sequence[int], free: float) -> int:
-    """How many blocks must lie elsewhere, so that a forward of latents of this shape [B, C, T, H, W] fits into so many bytes."""
-    count, config = math.prod(shape) // (shape[1] * math.prod(PATCH)), module.wan
-    at_work = count * (ACTIVATIONS * config.dim + 4 * config.ffn_dim)
+def at_work(config: WanConfig, shape: Sequence[int]) -> int:
+    """Bytes that a forward of latents of this shape [B, C, T, H, W] takes beside the weights, at the most."""
+    return math.prod(shape) // (shape[1] * math.prod(PATCH)) * ACTIVATIONS * config.dim
+
+
+def must_visit(module: WanLiteStudent, room: float) -> int:
+    """How many blocks must lie elsewhere, so that the weights take no more than `room` bytes."""
     whole = sum(value.numel() * value.element_size() for value in module.parameters())
     block = sum(value.numel() * value.element_size() for value in module.blocks[0].parameters())
-    if whole + at_work <= free:
-        return 0
-    return min(len(module.blocks), math.ceil((whole + at_work + VISITING * block - free) / block))
+    return 0 if whole <= room else min(len(module.blocks), math.ceil((whole + VISITING * block - room) / block))
 
 
 class AbsentTeacher:
@@ -197,7 +208,7 @@ class AbsentTeacher:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         raise self._needed()
 
-    def release(self) -> None:
+    def release(self, needed: float = math.inf) -> None:
         """Nothing is held."""
 
     def _needed(self) -> WanLiteError:

@@ -25,15 +25,22 @@ from .mixins import ConfigMixin, ModelMixin, register_to_config
 from .pinned import host_memory
 
 
+# One kernel, which computes in fp32 whatever it is given. Before it was there, torch computed in half precision, or rounded between.
+FUSED_RMS_NORM = hasattr(torch.ops.aten, "_fused_rms_norm") and torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_rms_norm", "CUDA")
+
+
 class RMSNorm(nn.Module):
-    """Over all heads at once; in fp32 whatever it is given, by torch's own kernels."""
+    """Over all heads at once, computed in fp32."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), EPS)
+        if not FUSED_RMS_NORM:
+            return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), EPS).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):          # which makes all of it fp32 from torch 2.12 on
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), EPS)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -67,7 +74,7 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        x = x.to(computed_in(self.q))                                                # [B, N, D]
+        x = x.to(computed_in(self.q, x))                                             # [B, N, D]
         q, k = rotate(heads(self.norm_q(self.q(x))), rope), rotate(heads(self.norm_k(self.k(x))), rope)
         return self.o(attend(q, k, heads(self.v(x))))
 
@@ -81,7 +88,7 @@ class CrossAttention(SelfAttention):
             self.k_img, self.v_img, self.norm_k_img = nn.Linear(dim, dim), nn.Linear(dim, dim), RMSNorm(dim)
 
     def forward(self, x: Tensor, text: Tensor, padding: Tensor | None, image: Tensor | None) -> Tensor:
-        x = x.to(computed_in(self.q))                                                # [B, N, D]
+        x = x.to(computed_in(self.q, x))                                             # [B, N, D]
         q = heads(self.norm_q(self.q(x)))
         out = attend(q, heads(self.norm_k(self.k(text))), heads(self.v(text)), padding)
         if image is not None:
@@ -105,7 +112,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = per_token(self.modulation.float() + e, x.shape[1]).unbind(2)
         x = x + gate1 * self.self_attn(torch.addcmul(shift1, self.norm1(x), 1 + scale1), rope)
         x = x + self.cross_attn(self.norm3(x), text, padding, image)
-        hidden = torch.addcmul(shift2, self.norm2(x), 1 + scale2).to(computed_in(self.ffn[0]))
+        hidden = torch.addcmul(shift2, self.norm2(x), 1 + scale2).to(computed_in(self.ffn[0], x))
         return x + gate2 * self.ffn(hidden)
 
 
@@ -314,12 +321,9 @@ class WanLiteStudent(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.head.head.weight)
 
 
-def computed_in(layer: nn.Linear) -> torch.dtype:
-    """The dtype that it takes its input in: autocast's, which would cast for each layer anew, or its bias', since a frozen weight may be held in fewer
-    bits.
-    """
-    device = layer.bias.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.bias.dtype
+def computed_in(layer: nn.Linear, x: Tensor) -> torch.dtype:
+    """The dtype that it takes x in: autocast's, which would cast for each layer anew, or its bias', since a frozen weight may be held in fewer bits."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else layer.bias.dtype
 
 
 def kept_on_cpu() -> saved_tensors_hooks:

@@ -103,9 +103,9 @@ class ComfyTeacher:
             del baked
             yield name, yielded
 
-    def release(self) -> None:
-        """Has ComfyUI move it, and what else it has there, off the device; it comes back when it is asked again."""
-        make_room(EVERYTHING)
+    def release(self, needed: float = EVERYTHING) -> None:
+        """Has ComfyUI move models off the device until so many bytes are free there; this one comes back when it is asked again."""
+        make_room(min(needed, EVERYTHING))
 
     @contextmanager
     def _mode(self) -> Iterator[None]:

@@ -30,7 +30,6 @@ from .load import file_of
 from .runtime import Bar, drive, keep_picture, log
 from .teacher import ComfyTeacher
 
-LOADING = "loading the student"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -91,8 +90,6 @@ class Training:
 
         def show(event: Event) -> None:
             if isinstance(event, Stage):
-                if event.name == LOADING and peaks:         # a smaller card is planned for as if nothing else were on it
-                    memory.make_room(peaks[-1].device if not self.job.levers.gpu_gib else memory.EVERYTHING)
                 bar.show(event.name, event.done, event.total)
             elif isinstance(event, Planned):
                 peaks.extend([event.budget.peaks] if event.budget.peaks else [])

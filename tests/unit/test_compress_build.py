@@ -11,6 +11,7 @@ from wanlite_model.compress.build import create_student
 from wanlite_model.compress.depth import DepthChoice
 from wanlite_model.compress.handle import StudentHandle
 from wanlite_model.compress.plan import CompressionPlan
+from wanlite_model.compress.walk import Walk
 from wanlite_model.errors import WanLiteError
 from wanlite_model.transformer import WanLiteStudent
 
@@ -240,6 +241,29 @@ def test_the_first_kept_block_learns_what_the_blocks_before_it_did(tmp_path, few
     assert healed.card.measured["start_error"] < 0.9 * cut.card.measured["start_error"]
     with cut.open() as before, healed.open() as after:
         assert {name.split(".")[1] for (name, old), (_, new) in zip(before.tensors(), after.tensors()) if not torch.equal(old, new)} == {"0", "1"}
+
+
+def test_blocks_are_healed_when_the_teacher_has_made_room_for_them(tmp_path, monkeypatch, few_states):
+    teacher, told = counting_teacher(depth=4), []
+    answer, velocity = Walk.answer, teacher.velocity
+    monkeypatch.setattr(Walk, "answer", lambda walk, which: told.append("worked") or answer(walk, which))
+    monkeypatch.setattr(teacher, "velocity", lambda *args, **kwargs: told.append("asked") or velocity(*args, **kwargs))
+    monkeypatch.setattr(teacher, "release", told.append)
+    result_of(create(tmp_path, teacher, keep=(0, 3), depth=None, refit="least squares", block_steps=2))
+    assert "worked" in told and not any(before == "asked" and after == "worked" for before, after in zip(told, told[1:]))
+    needed = {value for value in told if not isinstance(value, str)}
+    block = sum(4 * value.numel() for value in teacher.module.blocks[0].parameters())
+    assert len(needed) == 1 and 4 * block < needed.pop() < 2**30
+
+
+def test_too_small_a_card_for_healing_is_said_in_a_sentence(tmp_path, monkeypatch, few_states):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("full")
+
+    monkeypatch.setattr(Walk, "answer", full)
+    with pytest.raises(WanLiteError, match="too small to refit or train blocks.*lower the frames"):
+        result_of(create(tmp_path, counting_teacher(depth=4), keep=(0, 3), depth=None, block_steps=2))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_memory_that_healing_may_take_does_not_change_its_result(tmp_path, monkeypatch, few_states):

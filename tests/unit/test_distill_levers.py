@@ -1,6 +1,8 @@
 """Each lever takes less memory, trains as well, and goes on where another left off."""
 import gc
+import math
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from helpers_tiny import random_bank
 
 from wanlite_model.config import WanConfig
 from wanlite_model.distill import learner
-from wanlite_model.distill.budget import GIB, Machine, plan, predicted, spilled
+from wanlite_model.distill.budget import AVERAGED, GIB, Machine, Peaks, plan, predicted, spilled, step_seconds
 from wanlite_model.distill.checkpoint import RunFolder
 from wanlite_model.distill.events import Planned, Step
 from wanlite_model.distill.job import DistillJob, Recipe
@@ -17,6 +19,7 @@ from wanlite_model.distill.levers import Levers, LeverSettings, ladder
 from wanlite_model.distill.optim import WeightAverage
 from wanlite_model.distill.trainer import Run
 from wanlite_model.errors import WanLiteError
+from wanlite_model.formats.keymap import wan_shapes
 
 WIDE = WanConfig(dim=1536, ffn_dim=8960, num_layers=8)               # the 1.3B's, a quarter of its blocks
 
@@ -118,6 +121,32 @@ def test_a_step_that_broke_off_with_gradients_released_is_not_saved(setting, mon
     monkeypatch.undo()
     list(setting.events(job, "broken"))
     assert same(setting.state("unbroken"), setting.state("broken"))
+
+
+def test_the_teacher_makes_as_much_room_as_is_needed_before_each_try(setting, monkeypatch):
+    asked, device = [], SimpleNamespace(type="cuda")
+
+    def room(peaks, **levers):
+        return Run._room(SimpleNamespace(budget=SimpleNamespace(peaks=peaks), job=setting.job(levers=LeverSettings(**levers)), teacher=SimpleNamespace(device=device)))
+
+    peaks = Peaks(device=920, ram=0, saved=0)
+    assert room(peaks) == pytest.approx(1000) and room(None) == room(peaks, gpu_gib=8) == math.inf
+    device.type = "cpu"
+    assert room(peaks) == math.inf
+    monkeypatch.setattr(setting.teacher, "release", lambda needed: asked.append(needed))
+    list(setting.events(name="room"))
+    assert asked == [math.inf]
+
+
+def test_the_time_of_a_step_is_that_of_its_arithmetic_and_of_an_average_elsewhere():
+    plain, twice, eight = (step_seconds(job(), WIDE, levers, 1e14, "cuda") for levers in (Levers(), Levers(checkpointing=True), Levers(optimizer_8bit=True)))
+    assert twice == pytest.approx(plain * 4 / 3) and eight - plain == pytest.approx(AVERAGED * sum(map(math.prod, wan_shapes(WIDE).values())))
+    assert step_seconds(job(), WIDE, Levers(optimizer_8bit=True), 1e14, "cpu") == plain
+
+
+def test_a_base_in_fp32_takes_what_it_takes():
+    half, whole = (predicted(job(32), WIDE, Levers(checkpointing=True), "cuda", random_bank(1), stored=dtype).device for dtype in (torch.bfloat16, torch.float32))
+    assert whole - half == pytest.approx(2 * sum(map(math.prod, wan_shapes(WIDE).values())), rel=0.1)
 
 
 def test_steps_in_the_computers_memory_are_told_from_slow_ones():

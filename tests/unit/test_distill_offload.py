@@ -15,7 +15,7 @@ from wanlite_model.distill.dry import dry_run
 from wanlite_model.distill.frozen import FLOAT8, Float8Linear, dequantised, hold_in_float8, places, quantised
 from wanlite_model.pinned import host_memory, pieces
 from wanlite_model.swap import Swap, lay_out
-from wanlite_model.teacher import Cond, FileTeacher, ModuleTeacher
+from wanlite_model.teacher import Cond, FileTeacher, ModuleTeacher, at_work
 from wanlite_model.transformer import WanLiteStudent
 
 CPU = torch.device("cpu")
@@ -312,16 +312,30 @@ def test_a_base_in_float8_that_is_swapped_is_asked_as_a_teacher(copies):
 def test_blocks_of_a_teacher_visit_a_device_that_is_too_small_for_it(left, visiting, tmp_path, monkeypatch, copies):
     random_wan(depth=DEPTH).save_pretrained(tmp_path / "wan", dtype=torch.float32)
     shell, x = random_wan(depth=DEPTH), inputs()[0]
-    block, at_work = sum(4 * value.numel() for value in shell.blocks[0].parameters()), x[:, 0].numel() // 4 * (48 * DIM + 4 * shell.wan.ffn_dim)
+    block = sum(4 * value.numel() for value in shell.blocks[0].parameters())
     beside = sum(4 * value.numel() for value in shell.parameters()) - DEPTH * block
-    monkeypatch.setattr(teachers, "free_memory", lambda _: beside + at_work + left * block)
+    monkeypatch.setattr(teachers, "free_memory", lambda _: beside + at_work(shell.wan, x.shape) + left * block)
     teacher = FileTeacher(tmp_path / "wan", shift=3.0, device=CPU)
     with torch.inference_mode():
         found = teacher.velocity(x, torch.tensor([0.9, 0.1]), Cond(context=inputs()[2]))
     assert len(copies.made) == visiting * MATRICES and copies.alive == 0
     assert torch.equal(found, ModuleTeacher(shell, shift=3.0).velocity(x, torch.tensor([0.9, 0.1]), Cond(context=inputs()[2])))
+    opened = teacher._opened
+    teacher.release(1000)
+    assert teacher._opened is opened            # that much is there as it is
     teacher.release()
-    assert teacher.velocity(x, torch.tensor([0.9, 0.1]), Cond(context=inputs()[2])).equal(found)
+    assert teacher._opened is None and teacher.velocity(x, torch.tensor([0.9, 0.1]), Cond(context=inputs()[2])).equal(found)
+
+
+def test_a_teacher_that_is_asked_for_more_at_once_makes_room_where_there_is_none(tmp_path, monkeypatch):
+    random_wan(depth=1).save_pretrained(tmp_path / "wan", dtype=torch.float32)
+    teacher, (x, t, context) = FileTeacher(tmp_path / "wan", shift=3.0, device=CPU), inputs()
+    free, opened = [math.inf], []
+    monkeypatch.setattr(teachers, "free_memory", lambda _: free[0])
+    for count, free[0] in ((1, math.inf), (2, math.inf), (2, 0), (3, 0), (1, 0)):
+        teacher.velocity(x[:1].repeat(count, 1, 1, 1, 1), t[:1].repeat(count) / 1000, Cond(context=context[:1].repeat(count, 1, 1)))
+        opened.append(teacher._opened)
+    assert opened[0] is opened[1] is opened[2] and opened[3] is opened[4] is not opened[0]
 
 
 @pytest.mark.parametrize("sizes", [[1], [512, 513, 1], [7 * 2**20] * 400, [26 * 2**20] * 8 + [70 * 2**20] * 2])

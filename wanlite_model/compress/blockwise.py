@@ -40,8 +40,7 @@ def heal_blocks(teacher: Teacher, read: Read, plan: CompressionPlan, probe: Prob
         if j >= first_gap:
             if f"blocks.{ends[j]}" not in targets:
                 group = [f"blocks.{end}" for end in ends[j:j + walk.together]]
-                targets = yield from recorded(teacher, probe, group, Progress(stage=STAGE, done=j * steps, total=total))
-                teacher.release()               # what it takes of a card that is too small for it is all there is
+                targets = yield from recorded(teacher, probe, group, Progress(stage=STAGE, done=j * steps, total=total), walk.room)
             yield from _train(walk, probe, targets.pop(f"blocks.{ends[j]}"), steps, j * steps, total)
             with torch.inference_mode(False), torch.no_grad():
                 keep({f"blocks.{j}.{name}": value.cpu().to(read(f"blocks.{j}.{name}").dtype, copy=True)

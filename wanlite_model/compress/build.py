@@ -152,8 +152,8 @@ def _make(teacher: Teacher, prompts: PromptBank | None, shape: tuple[int, int, i
             try:
                 healed = yield from _heal(teacher, prompts, shape, plan, cuts, request, staging, seed=seed, cfg=cfg)
             except torch.cuda.OutOfMemoryError as error:
-                raise WanLiteError("One block and what it is trained on do not fit into this card's memory.", "", "Lower the frames or the size of the "
-                                   "LATENT that is connected here: the student can be distilled and sampled at another.") from error
+                raise WanLiteError("This card's memory is too small to refit or train blocks at this size.", "", "Close what else uses the card, or lower the "
+                                   "frames or the size of the LATENT that is connected here: the student can be distilled and sampled at another.") from error
         weights = _Weights(teacher, plan, cuts, healed)
         measured = Measured(asked=request.method, choice=choice, refit=request.refit, block_steps=request.block_steps)
         if probe is not None:

@@ -66,6 +66,12 @@ class StudentHandle:
         with open_wan(Path(self.folder)) as source:
             yield Opened(source=source, loras=tuple(read_lora(Path(path), self.config) for path in self.loras))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of most of the weights on disk."""
+        with open_wan(Path(self.folder)) as source:
+            return source.dtype
+
     def load(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> WanLiteStudent:
         """The student in memory, its LoRAs merged in. dtype: None takes that of most of the file."""
         with self.open() as opened:

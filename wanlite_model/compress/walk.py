@@ -5,19 +5,30 @@ teacher would: it can make up for the blocks before it as well.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import flow
+from ..config import WanConfig
+from ..formats.keymap import wan_shapes
 from ..teacher import Teacher
 from ..transformer import Block, WanLiteStudent, rope_table
-from .importance import Probe, answers
+from .importance import Probe, answers, tokens
 from .plan import CompressionPlan, Progress
 
 KEPT = torch.float16            # of activations between blocks: rounding 2**-11
+AT_WORK = 112                   # bytes for each number of a token that training a block takes at the most, beside the weights
 MEMORY = 2 << 30                # bytes of the teacher's activations held at a time
+
+
+def room(teacher: WanConfig, ffn_dim: int, probe: Probe) -> int:
+    """Bytes of the device that a block of a start takes, with all that trains it and a forward's worth of the probe's states, in fp32."""
+    shapes = wan_shapes(teacher.resized(num_layers=1, ffn_dim=ffn_dim))
+    shell, block = (sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(start)) for start in ("", "blocks."))
+    return 4 * (shell + 3 * block) + AT_WORK * teacher.dim * probe.batch * tokens(probe.x.shape[1:])
 
 
 Read = Callable[[str], Tensor]              # a tensor of the start by its name
@@ -32,6 +43,8 @@ class Walk:
 
     def __init__(self, read: Read, plan: CompressionPlan, teacher: Teacher, probe: Probe) -> None:
         self._read, self._probe, self._device = read, probe, teacher.device
+        self.room = room(teacher.config, plan.ffn_dim, probe)
+        teacher.release(self.room)              # a card that is too small for it would be full of it
         with torch.inference_mode(False), torch.no_grad():
             shell = WanLiteStudent.from_wan(teacher.config.resized(num_layers=1, ffn_dim=plan.ffn_dim), device="meta")
             state = {name: read(name).to(teacher.device, torch.float32, copy=True) for name in shell.state_dict()}
@@ -71,11 +84,15 @@ class Walk:
             self.hidden = torch.cat([self.answer(which).to("cpu", KEPT) for which in self.parts()])
 
 
-def recorded(teacher: Teacher, probe: Probe, paths: Sequence[str], told: Progress, *, given: bool = False
+def recorded(teacher: Teacher, probe: Probe, paths: Sequence[str], told: Progress, needed: int, *, given: bool = False
              ) -> Generator[Progress, None, dict[str, Tensor]]:
-    """{module path: what the teacher's module hands on, or is given, at each state [S, N, D]}. Yields `told` once a forward."""
+    """{module path: what the teacher's module hands on, or is given, at each state [S, N, D]}. Yields `told` once a forward.
+
+    needed: bytes of the device that the walk takes after this.
+    """
     parts: dict[str, list[Tensor]] = {path: [] for path in paths}
     taps = {path: lambda fed, answered, path=path: parts[path].append((fed if given else answered).detach().to("cpu", KEPT)) for path in paths}
     for _ in answers(lambda x, sigma, cond: teacher.velocity(x, sigma, cond, taps=taps), probe):
         yield told
+    teacher.release(needed)
     return {path: torch.cat(parts.pop(path)) for path in paths}             # one at a time is there twice

@@ -118,8 +118,9 @@ def _free_disk(place: Path) -> int:
 
 
 def plan(job: DistillJob, config: WanConfig, machine: Machine, device: torch.device, prompts: PromptBank, lora: Lora | None = None,
-         noted: Levers | None = None, beside: WanConfig | None = None) -> Budget:
-    """The first rung that fits, from the one that the run was on before (`noted`). beside: the teacher, where it is in memory too.
+         noted: Levers | None = None, beside: WanConfig | None = None, stored: torch.dtype = torch.bfloat16) -> Budget:
+    """The first rung that fits, from the one that the run was on before (`noted`). beside: the teacher, where it is in memory too. stored: the dtype of
+    the student's file.
 
     Raises WanLiteError, with the smallest change that fits, when none does.
     """
@@ -127,7 +128,7 @@ def plan(job: DistillJob, config: WanConfig, machine: Machine, device: torch.dev
     rungs = rungs[rungs.index(noted):] if noted in rungs else rungs
 
     def peaks_of(job: DistillJob, config: WanConfig, levers: Levers) -> Peaks:
-        return predicted(job, config, levers, device.type, prompts, lora, beside)
+        return predicted(job, config, levers, device.type, prompts, lora, beside, stored)
 
     def budget(rungs: Sequence[Levers], peaks: Peaks | None) -> Budget:
         return Budget(rungs=tuple(rungs), peaks=peaks, machine=machine, run=0 if peaks is None else run_bytes(peaks, config, job),
@@ -238,9 +239,9 @@ def capped(device: torch.device, machine: Machine) -> Iterator[None]:
 
 
 def predicted(job: DistillJob, config: WanConfig, levers: Levers, device_type: str, prompts: PromptBank, lora: Lora | None = None,
-              beside: WanConfig | None = None) -> Peaks:
+              beside: WanConfig | None = None, stored: torch.dtype = torch.bfloat16) -> Peaks:
     """What the training of such a student takes, from steps and a forward of an evaluation that are run dry. lora: that it begins with. beside: the
-    teacher, where it is asked while it trains and is not the student's base.
+    teacher, where it is asked while it trains and is not the student's base. stored: the dtype of the student's file.
     """
     longest = max(map(len, (*prompts.contexts, prompts.negative)))
     a_pass = max(1, TOKENS_A_PASS // tokens(job.shape))
@@ -249,17 +250,17 @@ def predicted(job: DistillJob, config: WanConfig, levers: Levers, device_type: s
     kind = Recipe(rank=job.recipe.rank, optimizer=job.recipe.optimizer, objective=objective, batch_size=size)
     alike = DistillJob(student="", teacher="", prompts="", shape=job.shape, shift=1.0, steps=1, recipe=kind)            # all that decides it
     begin = () if lora is None else tuple((layer, len(found.down), *found.down.shape[1:], len(found.up)) for layer, found in lora.factors.items())
-    return _predicted(alike, config, levers, device_type, longest, begin, beside)
+    return _predicted(alike, config, levers, device_type, longest, begin, beside, stored)
 
 
 @functools.lru_cache(maxsize=256)
 def _predicted(job: DistillJob, config: WanConfig, levers: Levers, device_type: str, longest: int, begin: tuple[tuple[str, int, int, int], ...],
-               beside: WanConfig | None) -> Peaks:
+               beside: WanConfig | None, stored: torch.dtype) -> Peaks:
     """begin: (layer, rank, columns, rows) of factors to begin with."""
     device, prompts = torch.device(device_type), _prompts_of(longest)
     with dry_run(device_type) as count:
         lora = Lora(factors={layer: Factors(down=torch.empty(rank, columns), up=torch.empty(rows, rank), scale=1.0) for layer, rank, columns, rows in begin})
-        state = _dry_state(job, config, levers, device, lora)
+        state = _dry_state(job, config, levers, device, lora, stored)
         learner = _dry_learner(job, state, prompts, device, config, beside)
         if state.critic is not None:            # it learns in steps of its own, and what the optimizer keeps of it stays
             with state.adapters.switched(False), state.critic.switched(True):
@@ -272,8 +273,8 @@ def _predicted(job: DistillJob, config: WanConfig, levers: Levers, device_type: 
 
 
 @trains
-def _dry_state(job: DistillJob, config: WanConfig, levers: Levers, device: torch.device, lora: Lora) -> TrainState:
-    return state_of(job, empty_student(job, config, levers, device, torch.bfloat16), lora, levers)
+def _dry_state(job: DistillJob, config: WanConfig, levers: Levers, device: torch.device, lora: Lora, stored: torch.dtype) -> TrainState:
+    return state_of(job, empty_student(job, config, levers, device, stored), lora, levers)
 
 
 @trains

@@ -19,10 +19,10 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_map_only
 
+from ..transformer import FUSED_RMS_NORM
 from .live import LiveBytes, makes_storage, tensors_in
 
 aten = torch.ops.aten
-FUSED_RMS_NORM = hasattr(aten, "_fused_rms_norm") and torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_rms_norm", "CUDA")
 HALF_UNDER_AUTOCAST = (F.linear, F.conv3d, torch.matmul, Tensor.matmul, torch.addmm)         # and attention: of autocast's list what a WAN calls
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import statistics
 import time
@@ -24,11 +25,12 @@ from ..compress.apply import plain_cut
 from ..compress.handle import StudentHandle
 from ..errors import WanLiteError
 from ..formats.lora import Lora
+from ..pinned import give_back
 from ..prompts import PromptBank
 from ..teacher import AbsentTeacher, Teacher, fingerprint_tensors
 from . import inputs
 from .begin import beside, few_step_lora, fresh_state, online_teacher
-from .budget import GIB, USED, Budget, Machine, asking_flops, capped, check_disk, matrix_rate, plan, spilled, this_machine
+from .budget import GIB, SPARE, USED, Budget, Machine, asking_flops, capped, check_disk, matrix_rate, plan, spilled, step_seconds, this_machine
 from .checkpoint import RunFolder, TrainState, size_of
 from .data import Ahead, Damaged, TeacherCache, check_latents, plan_units, seeded, student_sigmas
 from .evaluate import Held, evaluate, roll
@@ -116,9 +118,10 @@ class Run:
         yield Planned(budget=self.budget, told=self.budget.told(self._steps_to_come()) + self._not_counted())
         self.cache = yield from self._fill_cache()
         self.held, self.paths = yield from self._read(lambda: (self.cache.held_out(), self.cache.held_out_paths() if self.job.trajectory else None))
-        self.teacher.release()
         while not (yield from self._fits()):
-            self.budget = replace(self.budget, rungs=self.budget.rungs[1:], peaks=None)
+            levers, device = self.budget.rungs[1], self.teacher.device.type
+            self.budget = replace(self.budget, rungs=self.budget.rungs[1:], peaks=None,
+                                  step_seconds=step_seconds(self.job, self.handle.config, levers, matrix_rate(device), device))
             told = f"The job did not fit into memory. It goes on from its last saved step, with: {self.budget.rungs[0].told()}."
             log.warning("WanLite: %s", told)
             yield Planned(budget=self.budget, told=told)
@@ -129,7 +132,7 @@ class Run:
         machine = self.machine or this_machine(device, self.files.path, self.cache_root, self.job.levers)
         lora = few_step_lora(self.job, self.handle, self.teacher, self.start_from) if self.job.matching else self.start_from
         budget = plan(self.job, self.handle.config, machine, device, self.prompts, lora, None if noted is None else Levers(**noted),
-                      beside(self.job, self.handle, self.teacher, lora))
+                      beside(self.job, self.handle, self.teacher, lora), self.handle.dtype)
         kept = sum(file.stat().st_size for file in (self.files.checkpoint, self.files.best) if file.exists())
         limit = int(self.job.levers.runs_gib * GIB)
         used = [self.files.path, Path(self.handle.folder), *map(Path, self.handle.loras)]
@@ -159,6 +162,7 @@ class Run:
         """The job, to its end; False when the device ran out of memory. What was not saved then is lost, and nothing is left on the device."""
         levers = self.budget.rungs[0]
         self.files.note("levers", asdict(levers))
+        self.teacher.release(self._room())
         try:
             with capped(self.teacher.device, self.budget.machine):
                 yield from self._train_with(levers)
@@ -170,11 +174,16 @@ class Run:
                                    "Type a new run name, and lower the frames or the size of the LATENT, or keep fewer blocks.") from error
         self.state = self.online = self.learner = None
         self.unbroken = True
-        self.teacher.release()
         gc.collect()
         if self.teacher.device.type == "cuda":
             torch.cuda.empty_cache()
+            give_back()
         return False
+
+    def _room(self) -> float:
+        """Bytes of the device that the job takes; all of it on a CPU, which has no other place, and where a smaller card is planned for."""
+        peaks = self.budget.peaks
+        return math.inf if peaks is None or self.job.levers.gpu_gib or self.teacher.device.type == "cpu" else peaks.device / SPARE
 
     def _train_with(self, levers: Levers) -> Iterator[Event]:
         yield Stage(name="loading the student", done=0, total=1)
