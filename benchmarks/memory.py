@@ -32,13 +32,15 @@ from wanlite_model.compress.plan import CompressionPlan, interleaved
 from wanlite_model.config import WanConfig
 from wanlite_model.distill import data
 from wanlite_model.distill.adapters import fresh_factors
+from wanlite_model.distill.asking import fill
+from wanlite_model.distill.checks import lora_fingerprint
 from wanlite_model.distill.events import Planned, Step
 from wanlite_model.distill.inputs import Inputs
 from wanlite_model.distill.job import DistillJob, Recipe
 from wanlite_model.distill.levers import LeverSettings, ladder
 from wanlite_model.distill.live import LiveBytes
 from wanlite_model.distill.presets import PRESETS
-from wanlite_model.distill.trainer import fill, lora_fingerprint, run
+from wanlite_model.distill.trainer import run
 from wanlite_model.errors import WanLiteError
 from wanlite_model.formats.keymap import wan_shapes
 from wanlite_model.formats.lora import Lora

@@ -30,7 +30,9 @@ from wanlite_model.compress.importance import tokens
 from wanlite_model.config import WanConfig
 from wanlite_model.distill import objectives
 from wanlite_model.distill.adapters import Adapters, fresh_factors
+from wanlite_model.distill.asking import fill
 from wanlite_model.distill.budget import forward_flops, matrix_rate
+from wanlite_model.distill.checks import lora_fingerprint
 from wanlite_model.distill.data import TeacherCache, plan_units
 from wanlite_model.distill.evaluate import student_velocity
 from wanlite_model.distill.events import Event, Step
@@ -39,7 +41,7 @@ from wanlite_model.distill.job import DistillJob, Recipe
 from wanlite_model.distill.levers import Levers, LeverSettings
 from wanlite_model.distill.optim import WeightAverage, make_optimizer
 from wanlite_model.distill.presets import PRESETS
-from wanlite_model.distill.trainer import fill, lora_fingerprint, run
+from wanlite_model.distill.trainer import run
 from wanlite_model.formats.lora import Lora
 from wanlite_model.prompts import PromptBank
 from wanlite_model.teacher import FileTeacher

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from .distill import inputs
+from .distill.asking import fill
 from .distill.checkpoint import RunFolder
 from .distill.events import Eval, Event, Finished, Planned, Saved, Stage, Step
 from .distill.job import DistillJob
-from .distill.trainer import fill, run
+from .distill.trainer import run
 from .errors import WanLiteError
 
 FAILED, STOPPED = 1, 128

@@ -18,10 +18,11 @@ from wanlite_model.compress.apply import plain_cut
 from wanlite_model.compress.build import create_student
 from wanlite_model.compress.handle import StudentHandle
 from wanlite_model.distill.checkpoint import RunFolder
+from wanlite_model.distill.checks import lora_fingerprint
 from wanlite_model.distill.events import Finished
 from wanlite_model.distill.finish import finished_from_disk
 from wanlite_model.distill.job import DistillJob
-from wanlite_model.distill.trainer import lora_fingerprint, run
+from wanlite_model.distill.trainer import run
 from wanlite_model.files import read_json, write_json
 from wanlite_model.formats.lora import read_lora
 from wanlite_model.formats.write import MODEL_FILE, write_student

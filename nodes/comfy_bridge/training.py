@@ -12,6 +12,7 @@ from torch import Tensor
 from ...wanlite_model.compress.handle import StudentHandle
 from ...wanlite_model.distill.budget import amount
 from ...wanlite_model.distill.checkpoint import RunFolder
+from ...wanlite_model.distill.checks import lora_fingerprint
 from ...wanlite_model.distill.data import check_latents, latents_fingerprint
 from ...wanlite_model.distill.events import Eval, Event, Finished, Planned, Sample, Stage, Step
 from ...wanlite_model.distill.finish import finished_from_disk
@@ -19,7 +20,7 @@ from ...wanlite_model.distill.inputs import Inputs, prepare
 from ...wanlite_model.distill.job import DistillJob
 from ...wanlite_model.distill.levers import LeverSettings
 from ...wanlite_model.distill.presets import PRESETS
-from ...wanlite_model.distill.trainer import lora_fingerprint, run
+from ...wanlite_model.distill.trainer import run
 from ...wanlite_model.errors import WanLiteError
 from ...wanlite_model.formats.lora import Lora, read_lora
 from ...wanlite_model.formats.place import check_name

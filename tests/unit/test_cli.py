@@ -19,10 +19,11 @@ from wanlite_model import cli
 from wanlite_model.compress.build import create_student
 from wanlite_model.distill import inputs
 from wanlite_model.distill.checkpoint import RunFolder
+from wanlite_model.distill.checks import lora_fingerprint
 from wanlite_model.distill.events import Step
 from wanlite_model.distill.inputs import Inputs
 from wanlite_model.distill.job import DistillJob
-from wanlite_model.distill.trainer import lora_fingerprint, run
+from wanlite_model.distill.trainer import run
 from wanlite_model.errors import WanLiteError
 from wanlite_model.formats.lora import Factors, Lora
 from wanlite_model.teacher import FileTeacher

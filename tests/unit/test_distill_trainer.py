@@ -1,5 +1,4 @@
 """A run: resumable bit for bit, better than its start on held-out states, and never silently another job's."""
-import dataclasses
 import os
 from contextlib import closing
 
@@ -15,10 +14,10 @@ from wanlite_model import flow
 from wanlite_model.compress.build import create_student
 from wanlite_model.compress.handle import StudentHandle
 from wanlite_model.distill.checkpoint import RunFolder
+from wanlite_model.distill.checks import lora_fingerprint
 from wanlite_model.distill.events import Eval, Finished, Planned, Sample, Saved, Stage, Step
-from wanlite_model.distill.job import DistillJob, Recipe
 from wanlite_model.distill.optim import Muon
-from wanlite_model.distill.trainer import TIMED_STEPS, Run, lora_fingerprint, run
+from wanlite_model.distill.trainer import TIMED_STEPS, Run
 from wanlite_model.errors import WanLiteError
 from wanlite_model.formats.lora import Factors, Lora
 from wanlite_model.prompts import PromptBank

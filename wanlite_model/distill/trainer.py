@@ -27,12 +27,14 @@ from ..errors import WanLiteError
 from ..formats.lora import Lora
 from ..pinned import give_back
 from ..prompts import PromptBank
-from ..teacher import AbsentTeacher, Teacher, fingerprint_tensors
+from ..teacher import AbsentTeacher, Teacher
 from . import inputs
+from .asking import Asking
 from .begin import beside, few_step_lora, fresh_state, online_teacher
 from .budget import GIB, SPARE, USED, Budget, Machine, asking_flops, capped, check_disk, matrix_rate, plan, spilled, step_seconds, this_machine
+from .checks import check, is_cut, untouched
 from .checkpoint import RunFolder, TrainState, size_of
-from .data import Ahead, Damaged, TeacherCache, check_latents, plan_units, seeded, student_sigmas
+from .data import Ahead, Damaged, TeacherCache, plan_units, seeded, student_sigmas
 from .evaluate import Held, evaluate, roll
 from .events import Eval, Event, Planned, Sample, Saved, Stage, Step
 from .finish import PLAIN_CUT, UNGUIDED, Measured, finished_from_disk, unasked, write_finished
@@ -45,19 +47,13 @@ from .levers import Levers
 from .matching import Matching
 from .modes import trains
 from .objectives import feature_pairs
-from .room import clear_cache, clear_runs, in_use, touch
+from .room import clear_runs, in_use
 
 log = logging.getLogger(__name__)
 Read = TypeVar("Read")
 
-CACHE_SHARE = 0.4               # of a job's minutes may go into asking the teacher
 TIMED_STEPS = 3
 FULL = 0.05                     # of a card's memory: with less of it free it may go on in the computer's
-
-
-def lora_fingerprint(lora: Lora) -> str:
-    """What `DistillJob.start_from` holds."""
-    return fingerprint_tensors(lora.tensors())
 
 
 def run(job: DistillJob, folder: Path, cache_root: Path, teacher: Teacher, student: StudentHandle, prompts: PromptBank,
@@ -71,14 +67,6 @@ def run(job: DistillJob, folder: Path, cache_root: Path, teacher: Teacher, stude
     the folder is another job's, and when the loss is not finite.
     """
     return Run(job, RunFolder(folder), cache_root, teacher, student, prompts, latents, should_finish, samples, start_from, machine).events()
-
-
-def fill(job: DistillJob, cache_root: Path, teacher: Teacher, parts: Inputs, shard: tuple[int, int] = (0, 1)) -> Iterator[Stage]:
-    """Asks the teacher all that a job with a number of steps asks it, or one part of n: shard (i, n)."""
-    whole = TeacherCache(cache_root, job, plan_units(job, parts.prompts, parts.latents))
-    with in_use(cache_root):
-        for done, total in whole.needed.fill(teacher, parts.prompts, parts.latents, shard):
-            yield Stage(name="asking the teacher", done=done, total=total)
 
 
 @dataclass
@@ -96,8 +84,11 @@ class Run:
     start_from: Lora | None = None
     machine: Machine | None = None
 
+    def __post_init__(self) -> None:
+        self.asking = Asking(job=self.job, root=self.cache_root, teacher=self.teacher, prompts=self.prompts, latents=self.latents)
+
     def events(self) -> Iterator[Event]:
-        self._check()
+        check(self.job, self.handle, self.teacher, self.prompts, self.latents, self.start_from)
         self.began, self.unbroken, self.state = time.monotonic(), True, None
         with self.files.opened(self.job):
             inputs.keep(self.files, Inputs(student=self.handle, prompts=self.prompts, latents=self.latents, start_from=self.start_from), self.teacher,
@@ -205,43 +196,6 @@ class Run:
         yield write_finished(self.job, self.files, self.handle, self.teacher, self.state, self.course.total, self._wanted(self.course), self.cache,
                              self.prompts, Measured(best=handed_out, start=self.start, plain=self.plain, yardstick=self.yardstick))
 
-    def _check(self) -> None:
-        check_latents(self.latents, self.prompts)
-        given = {"student": self.handle.fingerprint, "teacher": self.teacher.fingerprint, "prompts": self.prompts.fingerprint,
-                 "start_from": "" if self.start_from is None else lora_fingerprint(self.start_from)}
-        for name, fingerprint in given.items():
-            if getattr(self.job, name) != fingerprint:
-                raise WanLiteError(f"The job was made for {name} {getattr(self.job, name)} and was given {fingerprint}.", "",
-                                   "Build the job from the parts it is run with.")
-        ours, its = self.handle.config, self.teacher.config
-        if (ours.in_dim, ours.out_dim) != (its.in_dim, its.out_dim):
-            raise WanLiteError(f"The student has {ours.in_dim} latent channels and the teacher {its.in_dim}.",
-                               "They must speak of the same latents.", "Choose a student of the same WAN family.")
-        if self._knows_it_all():
-            raise WanLiteError("The student is its teacher, whole, and is asked for what that does already.", "",
-                               "Type the cfg that you sample with and fold it in, take blocks away with WanLite Create Student, or choose a preset with fewer steps.")
-        if self.job.recipe.objective == "velocity + features" and not self._is_cut():
-            raise WanLiteError(f"The student is no part of this teacher: {ours.num_layers} blocks of {ours.dim} beside {its.num_layers} of {its.dim}.",
-                               "Block features can only be compared between a teacher and what was cut from it.", "Choose another objective.")
-        if self.job.matching:
-            few_step_lora(self.job, self.handle, self.teacher, self.start_from)
-        channels, _, height, width = self.job.shape
-        if channels != self.teacher.config.out_dim:
-            raise WanLiteError(f"The latents have {channels} channels; this teacher's have {self.teacher.config.out_dim}.", "",
-                               "Make them with WAN's empty latent node, or encode pictures with WAN's VAE.")
-        if height % 2 or width % 2:
-            raise WanLiteError(f"The latents are {width} x {height}.", "WAN needs an even width and height in latents.",
-                               "Choose a width and a height that are multiples of 16 pixels.")
-
-    def _knows_it_all(self) -> bool:
-        """Whether the student is its teacher and is asked for what that does itself: no guidance to fold in, no steps to save."""
-        return self._untouched() and not self.start_from and not (self.job.guided and self.job.fold_guidance) and self.job.substeps == 1 and not self.job.matching
-
-    def _is_cut(self) -> bool:
-        """Whether the student can have been cut from this teacher; any other WAN of the same latents can learn from it too."""
-        ours, its = self.handle.config, self.teacher.config
-        return ours.dim == its.dim and max(self.handle.plan.keep) < its.num_layers and ours.ffn_dim <= its.ffn_dim
-
     def _finished(self) -> Event | None:
         """What the run ended with before, unless it is asked for more than it was then."""
         ended = finished_from_disk(self.files)
@@ -313,47 +267,20 @@ class Run:
     def _fill_cache(self) -> Generator[Event, None, TeacherCache]:
         """How many units the minutes allow is measured on the first group, and noted before the others are asked for."""
         if self.course is None and self.job.steps == 0 and self.files.noted("units") is None and not self.job.matching:
-            affordable = yield from self._affordable()
+            affordable = yield from self.asking.affordable(self._seconds)
             self.files.note("units", affordable)
         filled = self._planned_cache()
         if told := unasked(filled, self.prompts):
             log.warning("WanLite: %s", told)
-        self._make_room(filled)
-        yield from self._ask(filled.needed)
+        self.asking.make_room(filled, self.budget.machine.cache_disk)
+        yield from self.asking.fill(filled)
         return filled
 
     def _planned_cache(self) -> TeacherCache:
         """The units that the legs draw from, as far as that is known."""
         if self.course is None:
-            return self._cache(self.files.noted("units"))
-        return self._cache(self.course.legs[-1].units, self.course.legs[0].units)
-
-    def _make_room(self, cache: TeacherCache) -> None:
-        """Clears what the limits allow no longer. Raises WanLiteError when the drive lacks room even so."""
-        units, missing, settings = [cache.path(unit) for unit in cache.units], cache.needed.missing_bytes, self.job.levers
-        touch(units)
-        freed = clear_cache(self.cache_root, int(settings.cache_gib * GIB), units, missing) if settings.cache_gib else 0
-        check_disk(missing, self.budget.machine.cache_disk + freed, self.cache_root, "What the teacher is still to be asked")
-
-    def _cache(self, most: int | None, first: int | None = None) -> TeacherCache:
-        job = self.job if most is None or first is None else replace(self.job, steps=0)         # then it is no longer the steps that decide how many
-        return TeacherCache(self.cache_root, self.job, plan_units(job, self.prompts, self.latents, most, first))
-
-    def _affordable(self) -> Generator[Event, None, int]:
-        """How many units the minutes allow, from the time that the first group of those that are missing takes."""
-        whole = self._cache(None)
-        affordable = len(whole.units)
-        missing = next((group for group in whole.groups() if not all(map(whole.intact, group))), None)
-        if missing is not None:
-            begun = time.monotonic()
-            yield from self._ask(TeacherCache(self.cache_root, self.job, missing))
-            each = max(1e-3, (time.monotonic() - begun) / len(missing))
-            affordable = max(0, int((CACHE_SHARE * 60 * self.job.minutes - self._seconds()) / each))
-        return whole.affordable(affordable)
-
-    def _ask(self, cache: TeacherCache) -> Iterator[Stage]:
-        for done, total in cache.fill(self.teacher, self.prompts, self.latents):
-            yield Stage(name="asking the teacher", done=done, total=total)
+            return self.asking.cache(self.files.noted("units"))
+        return self.asking.cache(self.course.legs[-1].units, self.course.legs[0].units)
 
     def _read(self, read: Callable[[], Read]) -> Generator[Event, None, Read]:
         """What `read` returns; units that turn out to be damaged are asked for again."""
@@ -367,7 +294,7 @@ class Run:
         log.warning("WanLite: the teacher's answers in %s are damaged and are asked for again.", damaged.path.name)
         damaged.__traceback__ = None            # its frames may hold the file
         damaged.path.unlink(missing_ok=True)
-        yield from self._ask(self.cache.needed)
+        yield from self.asking.fill(self.cache)
         if self.state is None or self.online is not self.teacher:
             self.teacher.release()
 
@@ -396,7 +323,7 @@ class Run:
         if noted is None:
             plain = start = yield from self._evaluate("evaluating the start")
             yardstick = self._yardstick()
-            if yardstick in (PLAIN_CUT, UNGUIDED) and not self._untouched():
+            if yardstick in (PLAIN_CUT, UNGUIDED) and not untouched(self.handle, self.teacher):
                 plain = yield from self._plain_cut()
             noted = {"plain_cut": asdict(plain), "start": asdict(start), "yardstick": yardstick}
             self.files.note("baseline", noted)
@@ -406,15 +333,11 @@ class Run:
         """What the student is compared with: the plain cut (the same size, sliced, untrained), or its own start where there is no other or that is one."""
         if self.start_from or self.job.matching:
             return "LoRA as it was"
-        if not self._is_cut() or isinstance(self.teacher, AbsentTeacher) and not self._untouched():
+        if not is_cut(self.handle, self.teacher) or isinstance(self.teacher, AbsentTeacher) and not untouched(self.handle, self.teacher):
             return "untrained student"
         ours, its = self.handle.config, self.teacher.config
         whole = (ours.num_layers, ours.ffn_dim) == (its.num_layers, its.ffn_dim)         # then what is cut is nothing
         return UNGUIDED if whole else PLAIN_CUT
-
-    def _untouched(self) -> bool:
-        """Whether the start is the teacher itself."""
-        return self.handle.same_as == self.teacher.fingerprint and not self.handle.loras
 
     def _plain_cut(self) -> Generator[Event, None, Held]:
         """What the plain cut is worth; the student gives it its place in memory, and comes back."""
