@@ -41,6 +41,10 @@ class Asking:
         job = self.job if most is None or first is None else replace(self.job, steps=0)         # then it is no longer the steps that decide how many
         return TeacherCache(self.root, self.job, plan_units(job, self.prompts, self.latents, most, first))
 
+    def most_units(self, steps: int) -> int:
+        """As many as so many steps of the job can use."""
+        return len(plan_units(replace(self.job, steps=steps), self.prompts, self.latents))
+
     def fill(self, cache: TeacherCache, shard: tuple[int, int] = (0, 1)) -> Iterator[Stage]:
         """Asks for what is missing, or for one part of n of it."""
         for done, total in cache.needed.fill(self.teacher, self.prompts, self.latents, shard):

@@ -13,7 +13,8 @@ from ..formats.card import StudentCard
 from ..formats.lora import Lora, write_lora
 from ..formats.write import write_student
 from ..prompts import HOLDOUT_PROMPTS, PromptBank
-from ..teacher import Teacher, fingerprint_tensors
+from ..teacher import AbsentTeacher, Teacher, fingerprint_tensors
+from .checks import is_cut, untouched
 from .checkpoint import RunFolder, TrainState
 from .data import TeacherCache, state_counts
 from .evaluate import Held
@@ -35,6 +36,17 @@ class Measured:
     start: Held
     plain: Held
     yardstick: str = PLAIN_CUT
+
+
+def yardstick_of(job: DistillJob, handle: StudentHandle, teacher: Teacher, start_from: Lora | None) -> str:
+    """What the student is compared with: the plain cut (the same size, sliced, untrained), or its own start where there is no other or that is one."""
+    if start_from or job.matching:
+        return "LoRA as it was"
+    if not is_cut(handle, teacher) or isinstance(teacher, AbsentTeacher) and not untouched(handle, teacher):
+        return "untrained student"
+    ours, its = handle.config, teacher.config
+    whole = (ours.num_layers, ours.ffn_dim) == (its.num_layers, its.ffn_dim)         # then what is cut is nothing
+    return UNGUIDED if whole else PLAIN_CUT
 
 
 def write_finished(job: DistillJob, files: RunFolder, start: StudentHandle, teacher: Teacher, state: TrainState, planned: int, asked: int,

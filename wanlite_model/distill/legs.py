@@ -1,10 +1,12 @@
 """How long a run is. It begins with one leg; asked for more, it gets another, with a warm-up and a fall of the learning rate of its own."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from .checkpoint import RunFolder
 from .job import DistillJob, Recipe
 from .optim import lr_at
 
@@ -87,8 +89,57 @@ class Course:
         return cls(legs=tuple(Leg(**leg) for leg in legs))
 
 
-def wanted_steps(job: DistillJob, course: Course, speed: Speed | None) -> int:
-    """What the job asks for now, of a run that has a course: what it has, where minutes cannot be told in steps; nothing where it is only prepared."""
-    if job.steps or job.minutes == 0:
-        return job.steps
-    return course.total if speed is None else speed.steps(job.minutes)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Length:
+    """How long a run is, as its folder notes it and its job asks for now. most_units: of the teacher's answers that so many steps can draw from."""
+    job: DistillJob
+    files: RunFolder
+    most_units: Callable[[int], int]
+
+    def noted(self) -> Course | None:
+        noted = self.files.noted("legs")
+        return None if noted is None else Course.from_json(noted)
+
+    def course(self) -> Course | None:
+        """The legs of this run, with another one where it is asked for more; None before the first session has come to its steps."""
+        course = self.noted()
+        if course is None or (wanted := self.wanted(course)) <= course.total:
+            return course
+        ended = self.files.noted("finished")
+        early = ended is not None and ended["step"] == self.done() and ended["step"] < course.total       # and not gone on since
+        course = course.extended(wanted, self.most_units(wanted), self.job.recipe.evaluations, ended["step"] if early else None)
+        self.files.note("legs", course.to_json())
+        return course
+
+    def begin(self, units: int, speed: Speed | None) -> Course:
+        """The first leg. speed: what was measured, where there are minutes."""
+        if speed is not None:
+            self.files.note("speed", asdict(speed))
+        course = Course.begin(self.job.steps if speed is None else speed.steps(self.job.minutes), units, self.job.recipe.evaluations)
+        self.files.note("legs", course.to_json())
+        return course
+
+    def wanted(self, course: Course) -> int:
+        """Steps that the job asks for now: those of its course, where minutes cannot be told in steps; none where it is only prepared."""
+        if self.job.steps or self.job.minutes == 0:
+            return self.job.steps
+        speed = self.files.noted("speed")
+        if speed is None and (rows := self.files.rows("step")):          # it was begun by steps
+            speed = {"seconds": max(1e-6, statistics.median(row["seconds"] for row in rows)), "before": 0.0}
+            self.files.note("speed", speed)
+        return course.total if speed is None else Speed(**speed).steps(self.job.minutes)
+
+    def last(self, course: Course, step: int) -> int:
+        """The step to end at, of a run that has come to `step`: an evaluation before the course's end, where less is asked for than it was begun for."""
+        wanted = self.wanted(course)
+        last = course.total if wanted >= course.total else course.next_evaluation(max(wanted, step))
+        self.files.note("last", last)
+        return last
+
+    def done(self) -> int:
+        """Steps that the log tells of."""
+        return max((row["step"] for row in self.files.rows("step")[-1:]), default=0)
+
+    def to_come(self, course: Course | None) -> int:
+        """Steps, by what was asked for; 0 where minutes are still to be turned into steps."""
+        return max(0, (course.total if course else self.job.steps) - self.done())

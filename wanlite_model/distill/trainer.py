@@ -9,7 +9,6 @@ import gc
 import logging
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
@@ -27,22 +26,22 @@ from ..errors import WanLiteError
 from ..formats.lora import Lora
 from ..pinned import give_back
 from ..prompts import PromptBank
-from ..teacher import AbsentTeacher, Teacher
+from ..teacher import Teacher
 from . import inputs
 from .asking import Asking
 from .begin import beside, few_step_lora, fresh_state, online_teacher
 from .budget import GIB, SPARE, USED, Budget, Machine, asking_flops, capped, check_disk, matrix_rate, plan, spilled, step_seconds, this_machine
-from .checks import check, is_cut, untouched
+from .checks import check, untouched
 from .checkpoint import RunFolder, TrainState, size_of
-from .data import Ahead, Damaged, TeacherCache, plan_units, seeded, student_sigmas
+from .data import Ahead, Damaged, TeacherCache, seeded, student_sigmas
 from .evaluate import Held, evaluate, roll
 from .events import Eval, Event, Planned, Sample, Saved, Stage, Step
-from .finish import PLAIN_CUT, UNGUIDED, Measured, finished_from_disk, unasked, write_finished
+from .finish import PLAIN_CUT, UNGUIDED, Measured, finished_from_disk, unasked, write_finished, yardstick_of
 from .frozen import places
 from .inputs import Inputs
 from .job import DistillJob
 from .learner import TOKENS_A_PASS, Learner
-from .legs import LEAST_STEPS, Course, Speed, wanted_steps
+from .legs import LEAST_STEPS, Course, Length, Speed
 from .levers import Levers
 from .matching import Matching
 from .modes import trains
@@ -86,6 +85,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.asking = Asking(job=self.job, root=self.cache_root, teacher=self.teacher, prompts=self.prompts, latents=self.latents)
+        self.length = Length(job=self.job, files=self.files, most_units=self.asking.most_units)
 
     def events(self) -> Iterator[Event]:
         check(self.job, self.handle, self.teacher, self.prompts, self.latents, self.start_from)
@@ -104,9 +104,9 @@ class Run:
                                    "Free disk space, or see to the drive it is on, and queue the same again: it goes on from there.") from error
 
     def _work(self) -> Iterator[Event]:
-        self.course = self._course()
+        self.course = self.length.course()
         self.budget = self._budget()
-        yield Planned(budget=self.budget, told=self.budget.told(self._steps_to_come()) + self._not_counted())
+        yield Planned(budget=self.budget, told=self.budget.told(self.length.to_come(self.course)) + self._not_counted())
         self.cache = yield from self._fill_cache()
         self.held, self.paths = yield from self._read(lambda: (self.cache.held_out(), self.cache.held_out_paths() if self.job.trajectory else None))
         while not (yield from self._fits()):
@@ -129,7 +129,7 @@ class Run:
         used = [self.files.path, Path(self.handle.folder), *map(Path, self.handle.loras)]
         freed = clear_runs(self.files.path.parent, limit, used, budget.run - kept) if limit else 0
         check_disk(budget.run - kept, machine.run_disk + freed, self.files.path, "This run")
-        if not self._steps_to_come():
+        if not self.length.to_come(self.course):
             return budget
         missing = self._planned_cache().needed
         return replace(budget, cache=missing.missing_bytes, asking_seconds=asking_flops(missing, self.teacher.config) / (USED * matrix_rate(device.type)))
@@ -139,15 +139,6 @@ class Run:
         recipe = self.job.recipe
         asks = self.job.matching or recipe.objective == "velocity + features" or recipe.own_states > 0
         return " What is asked of the teacher and of the student itself at the steps is not in this time." if asks else ""
-
-    def _steps_to_come(self) -> int:
-        """By what was asked for; 0 where minutes are still to be turned into steps."""
-        total = self.course.total if self.course else self.job.steps
-        return max(0, total - self._done())
-
-    def _done(self) -> int:
-        """Steps that the log tells of."""
-        return max((row["step"] for row in self.files.rows("step")[-1:]), default=0)
 
     def _fits(self) -> Generator[Event, None, bool]:
         """The job, to its end; False when the device ran out of memory. What was not saved then is lost, and nothing is left on the device."""
@@ -186,64 +177,30 @@ class Run:
             resumed = self._restore()
             if self.course is None:
                 self.course = yield from self._begin_course()
-            self.last = self._last()
+            self.last = self.length.last(self.course, self.state.step)
             if not resumed:
                 self._keep_if_best(self.start.error)
             yield from self._train()
         yield from self._load(self.state.trained, self.files.best_weights(), "loading the best")
         handed_out = yield from self._evaluate("evaluating what is handed out")
         yield Stage(name="writing the student", done=0, total=1)
-        yield write_finished(self.job, self.files, self.handle, self.teacher, self.state, self.course.total, self._wanted(self.course), self.cache,
+        yield write_finished(self.job, self.files, self.handle, self.teacher, self.state, self.course.total, self.length.wanted(self.course), self.cache,
                              self.prompts, Measured(best=handed_out, start=self.start, plain=self.plain, yardstick=self.yardstick))
 
     def _finished(self) -> Event | None:
         """What the run ended with before, unless it is asked for more than it was then."""
         ended = finished_from_disk(self.files)
         noted = self.files.noted("finished")
-        if ended is None or self._wanted(self._noted_course()) > max(noted["asked"], noted["step"]):
+        if ended is None or self.length.wanted(self.length.noted()) > max(noted["asked"], noted["step"]):
             return None
         return ended
 
-    def _noted_course(self) -> Course | None:
-        noted = self.files.noted("legs")
-        return None if noted is None else Course.from_json(noted)
-
-    def _wanted(self, course: Course) -> int:
-        speed = self.files.noted("speed")
-        if speed is None and self.job.steps == 0 and (rows := self.files.rows("step")):          # it was begun by steps
-            speed = {"seconds": max(1e-6, statistics.median(row["seconds"] for row in rows)), "before": 0.0}
-            self.files.note("speed", speed)
-        return wanted_steps(self.job, course, None if speed is None else Speed(**speed))
-
-    def _course(self) -> Course | None:
-        """The legs of this run, with another one where it is asked for more; None before the first session has come to its steps."""
-        course = self._noted_course()
-        if course is None or (wanted := self._wanted(course)) <= course.total:
-            return course
-        ended = self.files.noted("finished")
-        early = ended is not None and ended["step"] == self._done() and ended["step"] < course.total       # and not gone on since
-        most = len(plan_units(replace(self.job, steps=wanted), self.prompts, self.latents))
-        course = course.extended(wanted, most, self.job.recipe.evaluations, ended["step"] if early else None)
-        self.files.note("legs", course.to_json())
-        return course
-
     def _begin_course(self) -> Generator[Event, None, Course]:
         """Steps and the interval between evaluations: once, before step 0, from the speed measured here and now."""
-        steps = self.job.steps
-        if steps == 0:
+        speed = None
+        if self.job.steps == 0:
             speed = yield from self._measured_speed()
-            steps = speed.steps(self.job.minutes)
-            self.files.note("speed", asdict(speed))
-        course = Course.begin(steps, len(self.cache.units), self.job.recipe.evaluations)
-        self.files.note("legs", course.to_json())
-        return course
-
-    def _last(self) -> int:
-        """The step to end at: an evaluation before the course's end, where less is asked for than the run was begun for."""
-        wanted = self._wanted(self.course)
-        last = self.course.total if wanted >= self.course.total else self.course.next_evaluation(max(wanted, self.state.step))
-        self.files.note("last", last)
-        return last
+        return self.length.begin(len(self.cache.units), speed)
 
     def _measured_speed(self) -> Generator[Event, None, Speed]:
         seconds = []
@@ -322,22 +279,12 @@ class Run:
         noted = self.files.noted("baseline")
         if noted is None:
             plain = start = yield from self._evaluate("evaluating the start")
-            yardstick = self._yardstick()
+            yardstick = yardstick_of(self.job, self.handle, self.teacher, self.start_from)
             if yardstick in (PLAIN_CUT, UNGUIDED) and not untouched(self.handle, self.teacher):
                 plain = yield from self._plain_cut()
             noted = {"plain_cut": asdict(plain), "start": asdict(start), "yardstick": yardstick}
             self.files.note("baseline", noted)
         return _held(noted["plain_cut"]), _held(noted["start"]), noted["yardstick"]
-
-    def _yardstick(self) -> str:
-        """What the student is compared with: the plain cut (the same size, sliced, untrained), or its own start where there is no other or that is one."""
-        if self.start_from or self.job.matching:
-            return "LoRA as it was"
-        if not is_cut(self.handle, self.teacher) or isinstance(self.teacher, AbsentTeacher) and not untouched(self.handle, self.teacher):
-            return "untrained student"
-        ours, its = self.handle.config, self.teacher.config
-        whole = (ours.num_layers, ours.ffn_dim) == (its.num_layers, its.ffn_dim)         # then what is cut is nothing
-        return UNGUIDED if whole else PLAIN_CUT
 
     def _plain_cut(self) -> Generator[Event, None, Held]:
         """What the plain cut is worth; the student gives it its place in memory, and comes back."""
