@@ -32,7 +32,6 @@ from .runtime import Bar, drive, keep_picture, log
 from .teacher import ComfyTeacher
 
 
-
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Training:
     """A job and the parts it is run with. Building it checks all that a link decides, before any work on the device."""

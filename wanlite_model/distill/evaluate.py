@@ -1,8 +1,9 @@
 """How far a student is from its teacher, on states that were never trained on."""
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,11 @@ class Held:
     buckets: tuple[float, ...]
     closure: float
     states: int
+
+    @classmethod
+    def from_json(cls, noted: Mapping[str, Any]) -> Held:
+        """From what `asdict` made of one, by way of JSON."""
+        return cls(**{**noted, "buckets": tuple(noted["buckets"])})
 
 
 def student_velocity(student: WanLiteStudent, x: Tensor, sigma: Tensor, context: Tensor, features: Collection[int] | None = None):

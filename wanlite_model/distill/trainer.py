@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -284,7 +284,7 @@ class Run:
                 plain = yield from self._plain_cut()
             noted = {"plain_cut": asdict(plain), "start": asdict(start), "yardstick": yardstick}
             self.files.note("baseline", noted)
-        return _held(noted["plain_cut"]), _held(noted["start"]), noted["yardstick"]
+        return Held.from_json(noted["plain_cut"]), Held.from_json(noted["start"]), noted["yardstick"]
 
     def _plain_cut(self) -> Generator[Event, None, Held]:
         """What the plain cut is worth; the student gives it its place in memory, and comes back."""
@@ -447,7 +447,3 @@ class Run:
         for done, x in enumerate(roll(self.state.student, noise, student_sigmas(self.job), self.prompts, which, self.job), start=1):
             yield Stage(name="drawing a sample", done=done, total=self.job.student_steps)
         return x
-
-
-def _held(noted: dict[str, Any]) -> Held:
-    return Held(**{**noted, "buckets": tuple(noted["buckets"])})
