@@ -5,6 +5,7 @@ really taken, and is given back.
 """
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator, Sequence
 
@@ -45,11 +46,14 @@ def pieces(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
         sizes = sizes[count:]
 
 
-def give_back() -> None:
-    """Returns to the system what was pinned and is held by nobody."""
-    if torch.cuda.is_available() and hasattr(torch._C, "_host_emptyCache"):
-        torch.cuda.synchronize()            # a piece is free once the copies from it are done
-        torch._C._host_emptyCache()
+def give_back(device: torch.device) -> None:
+    """Returns to the system what nobody holds any more of the memory that torch took on a GPU and pinned for it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize(device)              # a pinned piece is free once the copies from it are done
+        if hasattr(torch._C, "_host_emptyCache"):
+            torch._C._host_emptyCache()
 
 
 def _pinned(size: int) -> Tensor:

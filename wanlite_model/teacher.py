@@ -1,7 +1,6 @@
 """What a teacher is to the engine, and the teacher that is a module in this process."""
 from __future__ import annotations
 
-import gc
 import hashlib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -161,10 +160,7 @@ class FileTeacher:
         if self._opened is None or needed < math.inf and needed <= free_memory(self.device):
             return
         self._opened = None
-        if self.device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
-            give_back()
+        give_back(self.device)
 
     def _module(self) -> WanLiteStudent:
         with open_wan(self.path) as source, torch.inference_mode(False), torch.no_grad():

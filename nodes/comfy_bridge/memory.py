@@ -1,14 +1,8 @@
 """Room on the device for what ComfyUI's memory manager does not see: the student and its training state."""
 from __future__ import annotations
 
-import math
-
 import comfy.model_management
 import torch
-
-from ...wanlite_model.config import WanConfig
-from ...wanlite_model.formats.keymap import wan_shapes
-
 
 EVERYTHING = 2**60      # bytes: more than any device has
 
@@ -16,11 +10,6 @@ EVERYTHING = 2**60      # bytes: more than any device has
 def device() -> torch.device:
     """The device that ComfyUI computes on."""
     return comfy.model_management.get_torch_device()
-
-
-def parameters(config: WanConfig) -> int:
-    """How many numbers the weights of such a WAN are."""
-    return sum(math.prod(shape) for shape in wan_shapes(config).values())
 
 
 def lacking(needed: int) -> str:

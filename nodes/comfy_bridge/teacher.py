@@ -17,9 +17,9 @@ from torch import Tensor
 from ...wanlite_model.config import HEAD_DIM, TEXT_LEN, WanConfig
 from ...wanlite_model.errors import WanLiteError
 from ...wanlite_model.flow import TIMESTEPS
-from ...wanlite_model.formats.keymap import wan_shapes
+from ...wanlite_model.formats.keymap import wan_shapes, wan_size
 from ...wanlite_model.teacher import Cond, Tap, fingerprint_tensors, tapped
-from .memory import EVERYTHING, make_room, parameters
+from .memory import EVERYTHING, make_room
 from .patches import plain_copy
 
 PREFIX = "diffusion_model."
@@ -67,7 +67,7 @@ class ComfyTeacher:
         """One line for a user: architecture, size, dtype, shift."""
         network = self._model.model.diffusion_model
         dtypes = Counter(str(p.dtype).removeprefix("torch.") for p in network.parameters())
-        return (f"{self.name}, FFN {self.config.ffn_dim}, {parameters(self.config) / 1e9:.3g} B parameters, mostly {dtypes.most_common(1)[0][0]}, "
+        return (f"{self.name}, FFN {self.config.ffn_dim}, {wan_size(self.config) / 1e9:.3g} B parameters, mostly {dtypes.most_common(1)[0][0]}, "
                 f"{self._model.model_size() / 2**20:,.0f} MiB, shift {self.shift:g}.")
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, *, skip: Collection[int] = (), taps: Mapping[str, Tap] = {}) -> Tensor:

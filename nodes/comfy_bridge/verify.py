@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...wanlite_model.compress.handle import StudentHandle
 from ...wanlite_model.errors import WanLiteError
 from ...wanlite_model.flow import TIMESTEPS
+from ...wanlite_model.formats.keymap import wan_size
 from ...wanlite_model.formats.write import Verified
 from ...wanlite_model.teacher import Cond
 from ...wanlite_model.transformer import WanLiteStudent
@@ -47,7 +48,7 @@ def record(student: StudentHandle, dtype: torch.dtype) -> Recorded:
         x = torch.randn(1, student.config.in_dim, 1, 8, 8, generator=generator)
         sigma, cond = torch.tensor([0.7]), Cond(context=torch.randn(1, 16, 4096, generator=generator) * 0.1)
         # Asked before, and not only caught: a system that runs out of memory swaps for minutes, or kills ComfyUI without a word.
-        velocity, why = None, memory.lacking(int(OPENED * dtype.itemsize * memory.parameters(student.config)))
+        velocity, why = None, memory.lacking(int(OPENED * dtype.itemsize * wan_size(student.config)))
         if not why:
             try:
                 velocity = _velocity(student, dtype, x, sigma, cond)

@@ -95,7 +95,7 @@ def test_without_memory_for_the_comparison_a_student_is_saved_and_called_not_ver
     import comfy.model_management as management
     handle, _ = create(teacher)
     record = pack("nodes.comfy_bridge.verify").record
-    needed = 2 * pack("nodes.comfy_bridge.memory").parameters(handle.config)
+    needed = 2 * pack("wanlite_model.formats.keymap").wan_size(handle.config)
     monkeypatch.setattr(management, "get_free_memory", lambda device: needed)              # too little by the tenth for the rest
     assert record(handle, torch.bfloat16).velocity is None
     report = pack("nodes.comfy_bridge.save").save(handle, "in little memory", layout="single file", dtype="bf16", overwrite=False)

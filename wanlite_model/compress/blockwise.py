@@ -14,7 +14,7 @@ from torch import Tensor
 from ..teacher import Teacher
 from .importance import Probe, tokens
 from .plan import CompressionPlan, Progress
-from .walk import Keep, Read, Walk, recorded
+from .walk import Keep, Read, Walk
 
 STAGE = "Healing block by block"
 OUTLIER = 6.0                   # standard deviations; WAN's few massive activations would otherwise be the whole loss
@@ -40,7 +40,7 @@ def heal_blocks(teacher: Teacher, read: Read, plan: CompressionPlan, probe: Prob
         if j >= first_gap:
             if f"blocks.{ends[j]}" not in targets:
                 group = [f"blocks.{end}" for end in ends[j:j + walk.together]]
-                targets = yield from recorded(teacher, probe, group, Progress(stage=STAGE, done=j * steps, total=total), walk.room)
+                targets = yield from walk.recorded(group, Progress(stage=STAGE, done=j * steps, total=total))
             yield from _train(walk, probe, targets.pop(f"blocks.{ends[j]}"), steps, j * steps, total)
             with torch.inference_mode(False), torch.no_grad():
                 keep({f"blocks.{j}.{name}": value.cpu().to(read(f"blocks.{j}.{name}").dtype, copy=True)

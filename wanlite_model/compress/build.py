@@ -4,7 +4,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -21,7 +20,7 @@ from ..config import WanConfig
 from ..errors import WanLiteError
 from ..files import patiently, read_json, write_json
 from ..formats.card import StudentCard
-from ..formats.keymap import wan_shapes
+from ..formats.keymap import wan_size
 from ..formats.read import open_wan
 from ..formats.write import write_student
 from ..prompts import PromptBank
@@ -324,7 +323,7 @@ def _write(place: Path, new: Path, teacher: Teacher, weights: _Weights, card: St
     plan, config = weights.plan, weights.plan.student_config(teacher.config)
     written = write_student(new, config=config, card=card, tensors=weights())
     report = describe(plan, measured, teacher_config=teacher.config, teacher=tuple(weights.size),
-                      student=(sum(map(math.prod, wan_shapes(config).values())), written.bytes))
+                      student=(wan_size(config), written.bytes))
     handle = StudentHandle(folder=str(place), config=config, plan=plan, fingerprint=place.name, card=card,
                            same_as=teacher.fingerprint if plan.prunes_nothing else "")
     write_json(written.path / NOTE, {"handle": {**handle.to_json(), "folder": ""}, "report": report, "bytes": written.file.stat().st_size})

@@ -17,7 +17,7 @@ from ..teacher import Teacher, tapped
 from .ffn import RIDGE, Moments
 from .importance import Probe
 from .plan import CompressionPlan, Progress, Refit
-from .walk import Keep, Read, Walk, recorded
+from .walk import Keep, Read, Walk
 
 STAGE = "Refitting after the gaps"
 LAYER = "cross_attn.o"
@@ -38,7 +38,7 @@ def refit_gaps(teacher: Teacher, read: Read, plan: CompressionPlan, probe: Probe
         if j in plan.after_gaps:
             if _meeting(plan, j) not in targets:
                 group = [_meeting(plan, i) for i in plan.after_gaps if i >= j][:walk.together]
-                targets = yield from recorded(teacher, probe, group, Progress(stage=STAGE, done=j, total=total), walk.room, given=True)
+                targets = yield from walk.recorded(group, Progress(stage=STAGE, done=j, total=total), given=True)
             mean, covariance = _moments(walk, targets.pop(_meeting(plan, j))).finish()
             names = f"blocks.{j}.{LAYER}.weight", f"blocks.{j}.{LAYER}.bias"
             keep(dict(zip(names, refitted(*map(read, names), mean=mean, covariance=covariance, ridge=None if refit == "mean" else RIDGE))))

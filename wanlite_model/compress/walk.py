@@ -42,9 +42,9 @@ class Walk:
     """
 
     def __init__(self, read: Read, plan: CompressionPlan, teacher: Teacher, probe: Probe) -> None:
-        self._read, self._probe, self._device = read, probe, teacher.device
-        self.room = room(teacher.config, plan.ffn_dim, probe)
-        teacher.release(self.room)              # a card that is too small for it would be full of it
+        self._read, self._probe, self._teacher, self._device = read, probe, teacher, teacher.device
+        self._room = room(teacher.config, plan.ffn_dim, probe)
+        teacher.release(self._room)              # a card that is too small for it would be full of it
         with torch.inference_mode(False), torch.no_grad():
             shell = WanLiteStudent.from_wan(teacher.config.resized(num_layers=1, ffn_dim=plan.ffn_dim), device="meta")
             state = {name: read(name).to(teacher.device, torch.float32, copy=True) for name in shell.state_dict()}
@@ -83,16 +83,11 @@ class Walk:
         with torch.inference_mode(False), torch.no_grad():
             self.hidden = torch.cat([self.answer(which).to("cpu", KEPT) for which in self.parts()])
 
-
-def recorded(teacher: Teacher, probe: Probe, paths: Sequence[str], told: Progress, needed: int, *, given: bool = False
-             ) -> Generator[Progress, None, dict[str, Tensor]]:
-    """{module path: what the teacher's module hands on, or is given, at each state [S, N, D]}. Yields `told` once a forward.
-
-    needed: bytes of the device that the walk takes after this.
-    """
-    parts: dict[str, list[Tensor]] = {path: [] for path in paths}
-    taps = {path: lambda fed, answered, path=path: parts[path].append((fed if given else answered).detach().to("cpu", KEPT)) for path in paths}
-    for _ in answers(lambda x, sigma, cond: teacher.velocity(x, sigma, cond, taps=taps), probe):
-        yield told
-    teacher.release(needed)
-    return {path: torch.cat(parts.pop(path)) for path in paths}             # one at a time is there twice
+    def recorded(self, paths: Sequence[str], told: Progress, *, given: bool = False) -> Generator[Progress, None, dict[str, Tensor]]:
+        """{module path: what the teacher's module hands on, or is given, at each state [S, N, D]}. Yields `told` once a forward."""
+        parts: dict[str, list[Tensor]] = {path: [] for path in paths}
+        taps = {path: lambda fed, answered, path=path: parts[path].append((fed if given else answered).detach().to("cpu", KEPT)) for path in paths}
+        for _ in answers(lambda x, sigma, cond: self._teacher.velocity(x, sigma, cond, taps=taps), self._probe):
+            yield told
+        self._teacher.release(self._room)
+        return {path: torch.cat(parts.pop(path)) for path in paths}             # one at a time is there twice

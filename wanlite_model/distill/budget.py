@@ -7,7 +7,6 @@ from __future__ import annotations
 import bisect
 import functools
 import logging
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from ..compress.importance import tokens
 from ..compress.plan import interleaved
 from ..config import TEXT_DIM, WanConfig
 from ..errors import WanLiteError
-from ..formats.keymap import wan_shapes
+from ..formats.keymap import wan_size
 from ..formats.lora import Factors, Lora
 from ..prompts import PromptBank
 from ..swap import lay_out
@@ -168,7 +167,7 @@ def step_seconds(job: DistillJob, config: WanConfig, levers: Levers, rate: float
 
 def _size(config: WanConfig, rank: int) -> int:
     """Numbers of what is trained."""
-    return adapter_size(config, rank) if rank else sum(map(math.prod, wan_shapes(config).values()))
+    return adapter_size(config, rank) if rank else wan_size(config)
 
 
 def step_flops(job: DistillJob, config: WanConfig, levers: Levers) -> float:

@@ -5,7 +5,6 @@ Close it to stop (everything finished so far is kept, and the same job goes on f
 """
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import os
@@ -156,10 +155,7 @@ class Run:
                                    "Type a new run name, and lower the frames or the size of the LATENT, or keep fewer blocks.") from error
         self.state = self.online = self.learner = None
         self.unbroken = True
-        gc.collect()
-        if self.teacher.device.type == "cuda":
-            torch.cuda.empty_cache()
-            give_back()
+        give_back(self.teacher.device)
         return False
 
     def _room(self) -> float:

@@ -1,6 +1,7 @@
 """The names and shapes of every tensor in a WAN, as one table that is read both ways (WAN <-> diffusers)."""
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
@@ -85,6 +86,11 @@ def wan_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
                "patch": PATCH[0] * PATCH[1] * PATCH[2] * config.out_dim}
     return {row.wan.format(i=i) + leaf: tuple(numbers.get(size, size) for size in shape)
             for row in rows_of(config) for i in _indices(row, config.num_layers) for leaf, shape in row.leaves.items()}
+
+
+def wan_size(config: WanConfig) -> int:
+    """How many numbers the weights of such a WAN are."""
+    return sum(map(math.prod, wan_shapes(config).values()))
 
 
 def rows_of(config: WanConfig) -> tuple[Row, ...]:
