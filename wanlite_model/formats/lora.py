@@ -53,10 +53,6 @@ class Lora:
             yield f"{layer}.up", found.up * found.scale
         yield from self.diffs.items()
 
-    def touched(self) -> tuple[str, ...]:
-        """The names of the tensors that it changes."""
-        return tuple(dict.fromkeys((*(f"{layer}.weight" for layer in self.factors), *self.diffs)))
-
     def merged(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The base's (name, tensor) with this LoRA in them; what it changes comes in fp32, so that it is rounded only where it is written."""
         for name, tensor in tensors:
