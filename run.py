@@ -41,8 +41,10 @@ UNSAID = ("requests==2.34.2",)
 # To follow a running server's events.
 CLIENT = ("websocket-client==1.9.2",)
 # The tests open what WanLite saves with the readers of other projects, and ComfyUI's page in a Chromium that is installed already.
+# diffusers opens a WAN folder with accelerate only; gguf is what GGUF files are written and read with.
 TEST = ("pytest==9.2.0", "pytest-timeout==2.4.0", "playwright==1.65.2", "diffusers==0.42.1; python_version >= '3.11'",
-        "diffusers==0.41.0; python_version < '3.11'")      # the last one for Python 3.10
+        "diffusers==0.41.0; python_version < '3.11'",      # the last one for Python 3.10
+        "accelerate==1.15.0", "gguf==0.19.0")
 # Only Wan's model file is read; the dependencies of its whole pipeline are not needed.
 TEST_WITHOUT_DEPENDENCIES = ("wan22==2.2.11",)
 

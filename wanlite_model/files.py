@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from .errors import WanLiteError
 
 TEMPORARY = ".tmp"
+LARGEST_JSON = 2**26    # bytes; an index of a hundred thousand tensors has less than a quarter
 ENDINGS = (".safetensors", ".sft")      # of a file of weights, in lower case
 
 
@@ -67,4 +68,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Raises OSError or ValueError when it is no JSON that anyone meant to be read."""
+    if regular(path).stat().st_size > LARGEST_JSON:
+        raise ValueError(f"it is larger than {LARGEST_JSON // 2**20} MiB")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def regular(path: Path) -> Path:
+    """The path again. Raises OSError when no file is there: a pipe, for instance, would be waited for, for ever."""
+    if not path.is_file():
+        raise OSError(f"{path.name} is no file")
+    return path

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import mmap
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ import comfy.sd
 import comfy.utils
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ...wanlite_model.compress.handle import StudentHandle
 from ...wanlite_model.errors import WanLiteError
+from ...wanlite_model.files import read_json
+from ...wanlite_model.formats import quantised
 from ...wanlite_model.formats.container import DTYPES, read_header
-from ...wanlite_model.formats.read import FLOATS, QUANTISED, WanFile, open_wan
+from ...wanlite_model.formats.quantised import Place
+from ...wanlite_model.formats.read import WanFile, open_wan
 from ...wanlite_model.teacher import Teacher, fingerprint_tensors
 from . import folders
 
@@ -27,21 +32,23 @@ log = logging.getLogger(__name__)
 def open_model(path: Path, shift: float | None = None, dtype: torch.dtype | None = None) -> Any:
     """The MODEL in a .safetensors file, or in a WAN or diffusers folder. shift: None leaves ComfyUI's default of 8.
 
-    A single file goes to the stock loader, quantised or not; a plain one is checked before with the config.json beside it, since ComfyUI
-    fills what is missing with whatever memory holds, and never reads the other. Raises WanLiteError when it is not a whole WAN.
+    A single file goes to the stock loader, quantised or not; it is checked before with the config.json beside it, since ComfyUI fills what is
+    missing with whatever memory holds, and never reads the other. Raises WanLiteError when it is not a whole WAN.
     """
     options = {} if dtype is None else {"dtype": dtype}
     file = _stock_file(path)
     if file is not None:
-        _check(path, file)
-        try:
+        _check(path)
+    try:
+        if file is not None and _is_read_by_this_core(file):
             model = comfy.sd.load_diffusion_model(str(file), model_options=options)
-        except (RuntimeError, KeyError, ValueError, AssertionError, ZeroDivisionError) as error:
-            log.warning("ComfyUI's loader on %s: %s", file.name, error)
-            raise WanLiteError(f"ComfyUI cannot open {file.name} as a model.", "", "Choose a WAN file from models/diffusion_models.") from error
-    else:
-        with open_wan(path) as source:      # shards or diffusers names: newer ComfyUIs cannot load these again from disk by themselves
-            model = comfy.sd.load_diffusion_model_state_dict(_mapped(source), model_options=options)
+        else:
+            model = _put_together(path, options)
+    except WanLiteError:
+        raise
+    except (RuntimeError, LookupError, TypeError, AttributeError, ValueError, AssertionError, ArithmeticError, SafetensorError) as error:
+        log.warning("ComfyUI's loader on %s: %s", path.name, error)
+        raise WanLiteError(f"ComfyUI cannot open {path.name} as a model.", "", "Choose a WAN file from models/diffusion_models.") from error
     return model if shift is None else with_shift(model, shift)
 
 
@@ -62,44 +69,66 @@ def with_shift(model: Any, shift: float) -> Any:
     return ModelSamplingSD3().patch(model, shift)[0]
 
 
-def reload_note(path: Path) -> tuple[str, ...]:
-    """What a user should know of a MODEL that open_model put together itself."""
-    return () if _stock_file(path) else (
-        "Made of shards or of diffusers names: newer ComfyUIs cannot load such a MODEL from disk a second time, as some of their nodes want to. "
-        "Should one complain, open this folder with WanLite Load Student, write it as one file with WanLite Save Student, and load that.",)
-
-
 def file_of(teacher: Teacher) -> Path | None:
-    """The model file that holds this teacher's weights as they are: unpatched, in the same dtype. Only those of its architecture are read."""
+    """The model file that holds this teacher's weights as they are: unpatched, in the same dtype. Only those of its architecture are read, and
+    no quantised ones: a MODEL is known by what it stores, and they are handed out unpacked.
+    """
     for path in filter(None, map(folders.model_path, folders.model_names())):
         try:
             with open_wan(path) as source:
-                if source.config == teacher.config and fingerprint_tensors(source.tensors()) == teacher.fingerprint:
+                if not source.packed and source.config == teacher.config and fingerprint_tensors(source.tensors()) == teacher.fingerprint:
                     return path
         except WanLiteError:
-            continue            # no WAN, or a quantised one
+            continue            # no WAN, or none that this reader can unpack
     return None
 
 
-def _mapped(source: WanFile) -> dict[str, Tensor]:
-    """All tensors as ComfyUI's own loader has them, mapped: ComfyUI copies them into its model, and memory would hold both."""
+def _put_together(path: Path, options: dict[str, Any], **newer: Any) -> Any:
+    """A MODEL of shards or of diffusers names. newer: what newer ComfyUIs ask for when one of their nodes loads it from disk a second time."""
+    with open_wan(path) as source:
+        tensors, header = _mapped(source)
+        model = comfy.sd.load_diffusion_model_state_dict(tensors, model_options=options, metadata=header, **newer)
+    model.cached_patcher_init = (_put_together, (path, options))      # where they look for the way to do so; older ones never look
+    return model
+
+
+def _mapped(source: WanFile) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors as ComfyUI's own loader has them, mapped: ComfyUI copies them into its model, and memory would hold both. And the metadata
+    that goes with them: layers with a scale are marked in the header, the one encoding that ComfyUI reads from 0.3.75 on.
+    """
     maps = {path: mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) for path, file in source.files.items()}
-    return {name: torch.frombuffer(maps[place.path], dtype=DTYPES[place.entry.dtype], count=math.prod(place.entry.shape),
-                                   offset=place.entry.start).reshape(place.entry.shape) for name, place in source.places.items()}
+
+    def at(place: Place) -> Tensor:
+        return torch.frombuffer(maps[place.path], dtype=DTYPES[place.entry.dtype], count=math.prod(place.shape),
+                                offset=place.entry.start).reshape(place.shape)
+
+    scaled = {name.removesuffix(".weight"): place for name, place in source.places.items() if place.scale is not None}
+    tensors = {name: at(place) for name, place in source.places.items()}
+    tensors |= {f"{layer}.weight_scale": at(place.scale) for layer, place in scaled.items()}
+    layers = {layer: {"format": quantised.NAMES[place.entry.dtype]} for layer, place in scaled.items()}
+    return tensors, {quantised.HEADER: json.dumps({"format_version": "1.0", "layers": layers})} if layers else {}
 
 
-def _check(path: Path, file: Path) -> None:
-    """Raises WanLiteError on a broken container, and on a WAN in float dtypes that is not whole or not what its config.json says."""
-    entries = read_header(file).entries
-    if not any(name.endswith(QUANTISED) or entry.dtype not in FLOATS for name, entry in entries.items()):
+def _check(path: Path) -> None:
+    """Raises WanLiteError on a broken container, and on a WAN that is not whole or not what its config.json says."""
+    try:
         with open_wan(path):
             pass
+    except quantised.UnknownFormat as error:
+        log.info("ComfyUI's loader will know better: %s", error)
+
+
+def _is_read_by_this_core(file: Path) -> bool:
+    """Older ComfyUIs pass over the marks of layers (comfy_quant), and compute with what is stored as if it were the weights."""
+    return hasattr(comfy.utils, "detect_layer_quantization") or not any(name.endswith(quantised.OF_LAYER) for name in read_header(file).entries)
 
 
 def _stock_file(path: Path) -> Path | None:
     """What the stock loader can take: the file itself, or the one file of a folder in WAN's own names."""
-    if path.is_file():
+    if os.path.isfile(path):
         return path
+    if not os.path.isdir(path):
+        return None
     files = sorted(path.glob("*.safetensors"))
     return files[0] if len(files) == 1 and _is_wans(path / "config.json") else None
 
@@ -107,6 +136,6 @@ def _stock_file(path: Path) -> Path | None:
 def _is_wans(config: Path) -> bool:
     """Whether it says so; one that cannot be read does not, and open_wan tells the user."""
     try:
-        return json.loads(config.read_text(encoding="utf-8"))["_class_name"] == "WanModel"
+        return read_json(config)["_class_name"] == "WanModel"
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from ..errors import WanLiteError
+from ..files import regular
 
 MAX_HEADER = 100_000_000                # bytes; what the safetensors library itself allows
+MAX_AXES = 16                           # torch itself allows 64, no model has more than 5
 CHUNK = 2**20                           # elements converted and checked at once: 4 MiB of fp32
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -43,12 +45,15 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """The names, shapes and places of a file's tensors. Raises WanLiteError when the file is not whole."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER):
-            raise _broken(path, f"it has {size} bytes and its first 8 announce a header of {length}")
-        text = file.read(length)
+    try:
+        size = regular(path).stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER):
+                raise _broken(path, f"it has {size} bytes and its first 8 announce a header of {length}")
+            text = file.read(length)
+    except OSError as error:
+        raise _broken(path, f"it cannot be read ({error.strerror or error})") from error
     try:
         fields = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
         metadata = fields.pop("__metadata__", {})
@@ -79,7 +84,7 @@ class Writer:
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> None:
         self.shapes, self.metadata, self.entries = dict(shapes), dict(metadata), {}
         widest = 8 * sum(math.prod(shape) for shape in shapes.values())
-        longest = {name: Entry("BF16", shape, widest, widest) for name, shape in shapes.items()}
+        longest = {name: Entry(max(DTYPES, key=len), shape, widest, widest) for name, shape in shapes.items()}
         self.start = self.end = 8 + (len(self._header(longest, 0)) + 7) // 8 * 8
         self.held: list[tuple[str, Tensor]] = []
         self.file = path.open("xb")
@@ -95,16 +100,16 @@ class Writer:
         """Adds one tensor, as `dtype` or as it is. Raises WanLiteError on an unknown name, another shape or a value that is not finite."""
         if name in self.entries or self.shapes.get(name) != tuple(tensor.shape):
             expected = self.shapes.get(name)
-            told = "written twice" if name in self.entries else f"expected with shape {list(expected)}" if expected else "not a tensor of this WAN"
+            told = "written twice" if name in self.entries else f"expected with shape {list(expected)}" if expected is not None else "not a tensor of this WAN"
             raise WanLiteError(f"{name!r} of shape {list(tensor.shape)} is {told}.")
         dtype = dtype or tensor.dtype
         if (tensor.numel() * dtype.itemsize) % 8:       # would put a wider tensor after it off its alignment: see finish
-            self.held.append((name, _checked(name, tensor.detach().reshape(-1), dtype)))
+            self.held.append((name, checked(name, tensor.detach().reshape(-1), dtype)))
             self.entries[name] = Entry("", (), 0, 0)
             return
         size = 0
         for chunk in tensor.detach().reshape(-1).split(CHUNK):
-            size += self.file.write(memoryview(_checked(name, chunk, dtype).view(torch.uint8).numpy()))
+            size += self.file.write(memoryview(checked(name, chunk, dtype).view(torch.uint8).numpy()))
         self._place(name, dtype, size)
 
     def finish(self) -> int:
@@ -132,11 +137,11 @@ class Writer:
         return json.dumps({"__metadata__": self.metadata, **tensors}, separators=(",", ":")).encode("utf-8")
 
 
-def _checked(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+def checked(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
     """`values` [n] on the CPU in `dtype`. Raises WanLiteError unless all are finite there."""
     converted = values.to(device="cpu", dtype=dtype)
-    if not bool(converted.isfinite().all()):
-        if bool(values.isfinite().all()):
+    if not _finite(converted):
+        if _finite(values):
             raise WanLiteError(f"{name!r} reaches {float(values.abs().max()):.4g}, which {str(dtype)[6:]} cannot hold.", "",
                                "Save as bfloat16 or float32.")
         raise WanLiteError(f"{name!r} holds a value that is not finite.", "Every weight of a WAN is a number.",
@@ -144,11 +149,15 @@ def _checked(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
     return converted.contiguous()
 
 
+def _finite(values: Tensor) -> bool:
+    return bool((values.float() if values.dtype.itemsize == 1 else values).isfinite().all())        # torch cannot tell of float8 as it is
+
+
 def _entry(fields: Mapping[str, Any], start: int) -> Entry:
     begin, end = fields["data_offsets"]
     shape = tuple(fields["shape"])
-    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)) or not isinstance(fields["dtype"], str):
-        raise ValueError("a shape or an offset that is not a whole number")
+    if len(shape) > MAX_AXES or not all(type(number) is int and 0 <= number < 2**63 for number in (begin, end, *shape)) or not isinstance(fields["dtype"], str):
+        raise ValueError("a shape or an offset that no tensor has")
     return Entry(fields["dtype"], shape, start + begin, start + end)
 
 

@@ -1,58 +1,61 @@
 """Opening a WAN from disk: a file or a folder, in WAN's names or diffusers', checked before one tensor is read."""
 from __future__ import annotations
 
-import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..config import WanConfig
 from ..errors import WanLiteError
-from ..files import ENDINGS
+from ..files import ENDINGS, read_json
 from .card import StudentCard, read_metadata
-from .container import DTYPES, Entry, read_header, read_tensor
+from .container import Header, read_header
+from .gguf_file import GGUF, Block, read_gguf
 from .keymap import is_diffusers, to_wan_names, wan_shapes
+from .quantised import FLOATS, Place, UnknownFormat, formats_told, with_scales
 
 # What tools put before WAN's names; ComfyUI opens the first, the third and the fourth.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "net.", "transformer.")
 MARKS = ("head.modulation", "condition_embedder.time_proj.weight")      # one of these is in every WAN, in one of its vocabularies
-FLOATS = {"F32", "F16", "BF16"}
-QUANTISED = ("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant")
+FLOAT8 = {"F8_E4M3", "F8_E5M2"}
 INDEX_END = ".safetensors.index.json"
+Stored = TypeVar("Stored", Place, Block)
 CHOOSE = "Choose a WAN 2.1 or 2.2 file from models/diffusion_models."
-
-
-class Place(NamedTuple):
-    """Where a tensor is: its file, and its entry in that file's header."""
-    path: Path
-    entry: Entry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WanFile:
-    """An open WAN. Names are WAN's own whatever the file calls them; tensors come on the CPU in their stored dtype.
+    """An open WAN. Names are WAN's own whatever the file calls them; tensors come on the CPU, floats in their stored dtype, what is kept in
+    fewer bits unpacked in bfloat16 (see quantised.UNPACKED).
 
     metadata: the (first) file's header metadata. provenance: what WanLite wrote about a student, {} for any other WAN.
     """
     config: WanConfig
     metadata: dict[str, str]
     provenance: dict[str, Any]
-    places: Mapping[str, Place]
+    places: Mapping[str, Place | Block]
     files: Mapping[Path, BinaryIO] = field(repr=False)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of most weights."""
-        amount: Counter[str] = Counter()
+        amount: Counter[torch.dtype] = Counter()
         for place in self.places.values():
-            amount[place.entry.dtype] += place.entry.end - place.entry.start
-        return DTYPES[amount.most_common(1)[0][0]]
+            amount[place.dtype] += prod(place.shape)
+        return amount.most_common(1)[0][0]
+
+    @property
+    def packed(self) -> bool:
+        """Whether some of the weights are kept in fewer bits than they are handed out in."""
+        return any(place.packed for place in self.places.values())
 
     @property
     def card(self) -> StudentCard | None:
@@ -63,8 +66,7 @@ class WanFile:
         return tuple(self.places)
 
     def tensor(self, name: str) -> Tensor:
-        place = self.places[name]
-        return read_tensor(self.files[place.path], place.entry)
+        return self.places[name].read(self.files)
 
     def tensors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Every (name, tensor), or those of these names, read one at a time."""
@@ -73,20 +75,28 @@ class WanFile:
 
 @contextmanager
 def open_wan(path: Path) -> Iterator[WanFile]:
-    """Opens a .safetensors file, or a WAN, WanLite or diffusers folder (sharded or not), for as long as the `with` lasts.
+    """Opens a .safetensors or .gguf file, or a WAN, WanLite or diffusers folder (sharded or not), for as long as the `with` lasts.
 
-    Raises WanLiteError when it is not a whole WAN: nothing is guessed, nothing missing is filled in, no pickle is ever opened.
+    Raises WanLiteError when it is not a whole WAN: nothing is guessed, nothing missing is filled in, no pickle is ever opened; UnknownFormat
+    when some weights are kept in a way that only others can unpack.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):                # Path's own raises on a name that no file can have
         raise WanLiteError(f"{path.name} is not there.", "", CHOOSE)
     folder = path if path.is_dir() else None
-    files = _files_of(folder) if folder else (_only_safetensors(path),)
-    headers = {file: read_header(file) for file in files}
-    metadata = headers[files[0]].metadata
     fields = _read_config(folder) if folder else {}
-    places = _wan_names(path, _collect(path, {file: header.entries for file, header in headers.items()}), fields)
-    config = _config(path, {name: place.entry.shape for name, place in places.items()}, fields)
+    files: tuple[Path, ...] = ()
+    metadata: dict[str, str] = {}
+    if folder is None and path.suffix.lower() == GGUF:
+        blocks, metadata = read_gguf(path)
+        places = _bare(blocks)
+    else:
+        files = _files_of(folder) if folder else (_only_safetensors(path),)
+        headers = {file: read_header(file) for file in files}
+        metadata = headers[files[0]].metadata
+        places = _collect(path, headers)
+    places = _wan_names(path, places, fields)
+    config = _config(path, {name: place.shape for name, place in places.items()}, fields)
     provenance = fields["_wanlite"] if isinstance(fields.get("_wanlite"), dict) else read_metadata(metadata)
     with ExitStack() as stack:
         handles = {file: stack.enter_context(file.open("rb")) for file in files}
@@ -96,9 +106,8 @@ def open_wan(path: Path) -> Iterator[WanFile]:
 def _only_safetensors(path: Path) -> Path:
     if path.suffix.lower() in ENDINGS:
         return path
-    fix = {".gguf": "For now a student is made from a bf16, fp16 or fp8 file of this model: download one of these."}.get(
-        path.suffix.lower(), "A pickle can run code when it is opened: convert it to safetensors first.")
-    raise WanLiteError(f"{path.name} is not a .safetensors file.", "", fix)
+    raise WanLiteError(f"{path.name} is not a .safetensors or .gguf file.", "",
+                       "A pickle can run code when it is opened: convert it to safetensors first.")
 
 
 def _files_of(folder: Path) -> tuple[Path, ...]:
@@ -124,9 +133,9 @@ def _indexed(folder: Path, index: Path) -> tuple[Path, ...]:
     fields = _json(index)
     named = fields.get("weight_map")
     names = sorted({name for name in named.values() if isinstance(name, str)}) if isinstance(named, dict) else []
-    if not names or any("/" in name or "\\" in name or name.startswith(".") or not name.endswith(".safetensors") for name in names):
+    if not names or any(set(name) & set("/\\:") or name.startswith(".") or not name.endswith(".safetensors") for name in names):
         raise WanLiteError(f"{index.name} does not name .safetensors files of its own folder.", "", "Download the folder again.")
-    absent = [name for name in names if not (folder / name).is_file()]
+    absent = [name for name in names if not os.path.isfile(folder / name)]
     if absent:
         raise WanLiteError(f"{index.name} names {absent[0]}, which is not there ({len(absent)} of {len(names)} files are missing).",
                            "", "Download the missing files.")
@@ -135,8 +144,8 @@ def _indexed(folder: Path, index: Path) -> tuple[Path, ...]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        fields = read_json(path)
+    except (OSError, ValueError) as error:
         raise WanLiteError(f"{path.name} cannot be read as JSON ({error}).", "", "Copy or download the folder again.") from error
     if not isinstance(fields, dict):
         raise WanLiteError(f"{path.name} holds no fields.", "", "Copy or download the folder again.")
@@ -148,25 +157,41 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return _json(found[0]) if found else {}
 
 
-def _collect(path: Path, entries: Mapping[Path, Mapping[str, Entry]]) -> dict[str, Place]:
-    """All shards as one, without the prefix that every name shares, and without what no student can be made of."""
+def _collect(path: Path, headers: Mapping[Path, Header]) -> dict[str, Place]:
+    """All shards as one, without the prefix that every name shares, and each weight with the scale that unpacks it."""
     places: dict[str, Place] = {}
-    for file, of_file in entries.items():
-        for name, entry in of_file.items():
+    for file, header in headers.items():
+        for name, entry in header.entries.items():
             if name in places:
                 raise WanLiteError(f"{path.name} holds {name!r} twice, in two of its files.", "", "Download the folder again.")
             places[name] = Place(file, entry)
-    prefix = next((p for p in PREFIXES if any(p + mark in places for mark in MARKS)), "")
-    places = {name.removeprefix(prefix): place for name, place in places.items()}
-    quantised = next((name for name, place in places.items() if name.endswith(QUANTISED) or place.entry.dtype not in FLOATS), None)
-    if quantised and any(mark in places for mark in MARKS):
-        raise WanLiteError(f"{path.name} is quantised or of a rare dtype ({quantised!r}, {places[quantised].entry.dtype}).",
-                           "This reader takes float32, float16 and bfloat16.",
-                           "Open it with ComfyUI's Load Diffusion Model and connect its MODEL as the teacher.")
+    places, prefix = _bare(places), _prefix(places)
+    if not any(mark in places for mark in MARKS):
+        return places                           # what it is instead is told better by its names
+    try:
+        places = with_scales(places, formats_told(headers.values(), prefix))
+    except WanLiteError as error:
+        raise type(error)(f"{path.name}: {error.found}", error.expected, error.fix) from error
+    rare = next((name for name, place in places.items() if place.entry.dtype not in FLOATS | FLOAT8 and place.scale is None), None)
+    if rare:
+        raise UnknownFormat(f"{path.name} is quantised in a way that it does not name, or of a rare dtype ({rare!r}, {places[rare].entry.dtype}).",
+                            "This reader takes float32, float16, bfloat16, float8, and what ComfyUI marks as quantised.",
+                            "Open it with ComfyUI's Load Diffusion Model and connect its MODEL as the teacher.")
     return places
 
 
-def _wan_names(path: Path, places: dict[str, Place], fields: Mapping[str, Any]) -> dict[str, Place]:
+def _prefix(names: Iterable[str]) -> str:
+    """What stands before WAN's or diffusers' names, one of PREFIXES; "" where nothing does."""
+    names = set(names)
+    return next((prefix for prefix in PREFIXES if any(prefix + mark in names for mark in MARKS)), "")
+
+
+def _bare(named: Mapping[str, Stored]) -> dict[str, Stored]:
+    prefix = _prefix(named)
+    return {name.removeprefix(prefix): place for name, place in named.items()}
+
+
+def _wan_names(path: Path, places: dict[str, Stored], fields: Mapping[str, Any]) -> dict[str, Stored]:
     if is_diffusers(places):
         names = to_wan_names(places)
         places = {names[name]: place for name, place in places.items()}
