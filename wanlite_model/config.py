@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from .errors import WanLiteError
+from .kinds import check_kinds
 
 HEAD_DIM = 128                          # ComfyUI reads num_heads as dim // 128 and nothing else (comfy/model_detection.py)
 TEXT_DIM, TEXT_LEN, FREQ_DIM, EPS = 4096, 512, 256, 1e-6
@@ -15,6 +16,8 @@ PATCH = (1, 2, 2)                       # frames, rows, columns of latent in a t
 CLIP_DIM = 1280                         # width of the CLIP vision features that 2.1's image-to-video reads
 FLF_TOKENS = 514                        # CLIP tokens of a first and a last frame
 MODEL_TYPES = ("t2v", "i2v", "flf2v", "ti2v")
+# Far beyond every WAN, and small enough that its tensors can be named and their sizes calculated.
+MOST = {"dim": 2**16, "ffn_dim": 2**20, "num_layers": 1000, "in_dim": 2**16, "out_dim": 2**16}
 
 WANLITE_FIELDS = ("model_type", "hidden_size", "depth", "num_heads", "num_channels", "image_size", "patch_size",
                   "text_max_length", "text_encoder_output_dim", "projection_factor")
@@ -61,10 +64,10 @@ class WanConfig:
             raise WanLiteError(f"model_type is {self.model_type!r}.", f"WanLite knows {', '.join(MODEL_TYPES)}.",
                                "Use one of these names.")
         check_width(self.dim)
+        check_kinds(self)
         for name in ("ffn_dim", "num_layers", "in_dim", "out_dim"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise WanLiteError(f"{name} is {value!r}.", "It must be a whole number of at least 1.")
+            if not 1 <= getattr(self, name) <= MOST[name]:
+                raise WanLiteError(f"{name} is {getattr(self, name)}.", f"It must lie between 1 and {MOST[name]}.")
 
     @property
     def num_heads(self) -> int:
@@ -111,13 +114,17 @@ class WanConfig:
 
         Raises WanLiteError where two names of one number disagree, where one is missing, or where a value cannot be a WAN's.
         """
+        if not isinstance(fields, Mapping):
+            raise WanLiteError("The config has no fields.", "A WAN config names its width and its depth.", "Choose the config.json that stands beside the weights.")
         values = {key: _agreed({name: fields.get(name) for name in names if name}) for key, names in NAMES.items()}
         if values["num_heads"] is not None and fields.get("attention_head_dim") is not None:
             heads, width = values["num_heads"], fields["attention_head_dim"]
-            product = heads * width if type(heads) is int and type(width) is int else f"{heads} * {width}"
+            sizes = range(MOST["dim"] + 1)
+            product = heads * width if heads in sizes and width in sizes else f"{heads} * {width}"
             values["dim"] = _agreed({"hidden_size": values["dim"], "num_attention_heads * attention_head_dim": product})
-        values["out_dim"] = _agreed({"out_dim": values["out_dim"], "num_channels": fields.get("num_channels")}) or 16
-        values["in_dim"] = values["in_dim"] or values["out_dim"]
+        values["out_dim"] = _agreed({"out_dim": values["out_dim"], "num_channels": fields.get("num_channels")})
+        values["out_dim"] = 16 if values["out_dim"] is None else values["out_dim"]
+        values["in_dim"] = values["out_dim"] if values["in_dim"] is None else values["in_dim"]
         missing = [NAMES[key].wanlite for key in ("dim", "num_layers") if values[key] is None]
         if missing:
             raise WanLiteError(f"The config has no {' and no '.join(missing)}.", "A WAN config names its width and its depth.",
@@ -142,23 +149,23 @@ class WanConfig:
                 raise WanLiteError(f"{name!r} {told}.", f"Every WAN 2.1 or 2.2 has it, with {ndim} axes.", "Choose a WAN model file.")
         in_dim, img_emb = shapes["patch_embedding.weight"][1], "img_emb.proj.0.bias" in shapes
         out_dim = shapes["head.head.weight"][0] // math.prod(PATCH)
-        guessed = _model_type(in_dim, out_dim, img_emb, two_images="img_emb.emb_pos" in shapes)
+        guessed = kind_of(in_dim, out_dim, img_emb, two_images="img_emb.emb_pos" in shapes)
         return cls(model_type=model_type or guessed, dim=shapes["head.modulation"][-1], ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
                    num_layers=count_blocks(shapes), in_dim=in_dim, out_dim=out_dim, img_emb=img_emb)
 
 
 def check_width(dim: Any) -> None:
     """Raises WanLiteError unless `dim` is a width that every reader of WAN can open."""
-    if isinstance(dim, bool) or not isinstance(dim, int) or dim < HEAD_DIM or dim % HEAD_DIM:
-        number = isinstance(dim, (int, float)) and math.isfinite(dim)
-        near = max(HEAD_DIM, int(dim) // HEAD_DIM * HEAD_DIM) if number else HEAD_DIM
+    if isinstance(dim, bool) or not isinstance(dim, int) or not HEAD_DIM <= dim <= MOST["dim"] or dim % HEAD_DIM:
+        number = isinstance(dim, (int, float)) and HEAD_DIM <= dim <= MOST["dim"]
+        near = int(dim) // HEAD_DIM * HEAD_DIM if number else HEAD_DIM
         raise WanLiteError(f"hidden_size {dim!r} cannot work in ComfyUI, which uses hidden_size // {HEAD_DIM} attention heads.",
-                           f"It must be a multiple of {HEAD_DIM}.", f"Set it to {near} or {near + HEAD_DIM}.")
+                           f"It must be a multiple of {HEAD_DIM}, {MOST['dim']} at the most.", f"Set it to {near} or {near + HEAD_DIM}.")
 
 
 def count_blocks(names: Mapping[str, Any]) -> int:
     """The number of blocks, counted from 0 without a gap, as ComfyUI counts them."""
-    present = {int(match[1]) for match in (re.match(r"blocks\.(\d+)\.", name) for name in names) if match}
+    present = {int(match[1]) for match in (re.match(r"blocks\.(\d{1,9})\.", name) for name in names) if match}
     return next(i for i in range(len(present) + 1) if i not in present)
 
 
@@ -171,7 +178,7 @@ def _agreed(named: Mapping[str, Any]) -> Any:
     return found[0][1] if found else None
 
 
-def _model_type(in_dim: int, out_dim: int, img_emb: bool, two_images: bool) -> str:
+def kind_of(in_dim: int, out_dim: int, img_emb: bool, two_images: bool) -> str:
     """What a WAN of these channels is for. 2.2's I2V has 36 channels in and no CLIP branch; TI2V-5B's VAE has 48."""
     return "flf2v" if two_images else "i2v" if img_emb or in_dim == 36 else "ti2v" if out_dim == 48 else "t2v"
 
@@ -182,7 +189,7 @@ def _variant(fields: Mapping[str, Any], in_dim: int, out_dim: int) -> dict[str, 
     if fields.get("_class_name") == "WanModel" and "in_channels" not in fields:
         img_emb = model_type in ("i2v", "flf2v")
     if model_type in (None, "WanLiteStudent", "wan"):
-        model_type = _model_type(in_dim, out_dim, img_emb, two_images=fields.get("pos_embed_seq_len") is not None)
+        model_type = kind_of(in_dim, out_dim, img_emb, two_images=fields.get("pos_embed_seq_len") is not None)
     return {"model_type": model_type, "img_emb": img_emb}
 
 

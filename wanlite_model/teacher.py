@@ -5,7 +5,6 @@ import hashlib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import flow
+from .cond import Cond, joined
 from .config import PATCH, WanConfig
 from .errors import WanLiteError
 from .formats.read import open_wan
@@ -24,15 +24,6 @@ Tap = Callable[[Tensor, Tensor], None]      # (what a module was given, what it 
 SAMPLES = 64                                # numbers of each tensor that enter a fingerprint
 ACTIVATIONS = 60                            # bytes for each number of a token that a forward takes at the most; in bf16 it is half of that
 VISITING = 2                                # blocks are on the device at once: at work, and on its way
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cond:
-    """What a velocity is conditioned on. context [B, L <= 512, 4096], to be taken as zero-padded to 512."""
-    context: Tensor
-
-    def __getitem__(self, part: slice) -> Cond:
-        return Cond(context=self.context[part])
 
 
 class Teacher(Protocol):
@@ -47,7 +38,8 @@ class Teacher(Protocol):
     notes: tuple[str, ...]
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, *, skip: Collection[int] = (), taps: Mapping[str, Tap] = {}) -> Tensor:
-        """x [B, C, T, H, W] in processed space, sigma [B] -> velocity [B, C, T, H, W] in float32 on x's device, without gradients.
+        """x [B, C, T, H, W] in processed space, sigma [B] -> velocity [B, C, T, H, W] in float32 on x's device, without gradients; zero in frames
+        that cond gives, whatever x holds there.
 
         skip: blocks taken as the identity. taps: {module path such as "blocks.3.ffn.2": called with its first input and its output}.
         """
@@ -63,8 +55,7 @@ def guided_pair(teacher: Teacher, x: Tensor, sigma: Tensor, positive: Cond, nega
     """(v_pos, v_neg) at one state, in one forward of twice the batch; v_neg is None without a negative."""
     if negative is None:
         return teacher.velocity(x, sigma, positive), None
-    contexts = pad_together(positive.context, negative.context)
-    both = teacher.velocity(torch.cat((x, x)), torch.cat((sigma, sigma)), Cond(context=contexts))
+    both = teacher.velocity(torch.cat((x, x)), torch.cat((sigma, sigma)), joined((positive, negative)))
     return both[:len(x)], both[len(x):]
 
 
@@ -72,12 +63,6 @@ def guided_velocity(teacher: Teacher, x: Tensor, sigma: Tensor, positive: Cond, 
     """v_w = v_neg + w (v_pos - v_neg) [B, C, T, H, W]; cfg 1 asks for v_pos alone, as ComfyUI does."""
     v_pos, v_neg = guided_pair(teacher, x, sigma, positive, negative if cfg != 1 else None)
     return v_pos if v_neg is None else flow.guided(v_neg, v_pos, cfg)
-
-
-def pad_together(*contexts: Tensor) -> Tensor:
-    """Stacks contexts [B_i, L_i, D] of different lengths into [sum B_i, max L_i, D], zero-padded, which to a WAN is the same text."""
-    length = max(context.shape[1] for context in contexts)
-    return torch.cat([nn.functional.pad(context, (0, 0, 0, length - context.shape[1])) for context in contexts])
 
 
 def fingerprint_tensors(tensors: Iterable[tuple[str, Tensor]], *extra: object) -> str:
@@ -119,8 +104,7 @@ class ModuleTeacher:
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, *, skip: Collection[int] = (), taps: Mapping[str, Tap] = {}) -> Tensor:
         with torch.no_grad(), tapped(self.module, taps):
-            v = self.module(x.to(self.device), flow.TIMESTEPS * sigma.float().to(self.device), cond.context.to(self.device),
-                            skip_blocks=skip)
+            v = cond.to(self.device).asked(self.module, x.to(self.device), sigma.to(self.device), skip_blocks=skip)
         return v.to(x.device)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -91,8 +91,10 @@ class CrossAttention(SelfAttention):
         x = x.to(computed_in(self.q, x))                                             # [B, N, D]
         q = heads(self.norm_q(self.q(x)))
         out = attend(q, heads(self.norm_k(self.k(text))), heads(self.v(text)), padding)
-        if image is not None:
-            out = out + attend(q, heads(self.norm_k_img(self.k_img(image))), heads(self.v_img(image)))
+        if hasattr(self, "k_img"):
+            # Without CLIP tokens ComfyUI splits the text at None, and this pair is given all of it too (comfy/ldm/wan/model.py).
+            seen, bias = (text, padding) if image is None else (image, None)
+            out = out + attend(q, heads(self.norm_k_img(self.k_img(seen))), heads(self.v_img(seen)), bias)
         return self.o(out)
 
 
@@ -109,11 +111,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, e: Tensor, rope: Tensor, text: Tensor, padding: Tensor | None,
                 image: Tensor | None) -> Tensor:
         """x [B, N, D], e [B, F, 6, D] in fp32 -> [B, N, D]."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = per_token(self.modulation.float() + e, x.shape[1]).unbind(2)
-        x = x + gate1 * self.self_attn(torch.addcmul(shift1, self.norm1(x), 1 + scale1), rope)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + e).unbind(2)         # [B, F, D] each
+        x = x + gated(self.self_attn(modulated(self.norm1(x), shift1, scale1), rope), gate1)
         x = x + self.cross_attn(self.norm3(x), text, padding, image)
-        hidden = torch.addcmul(shift2, self.norm2(x), 1 + scale2).to(computed_in(self.ffn[0], x))
-        return x + gate2 * self.ffn(hidden)
+        hidden = modulated(self.norm2(x), shift2, scale2).to(computed_in(self.ffn[0], x))
+        return x + gated(self.ffn(hidden), gate2)
 
 
 class Head(nn.Module):
@@ -125,12 +127,12 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         """x [B, N, D], e [B, F, D] in fp32 -> patches [B, N, 4 C]."""
-        shift, scale = per_token(self.modulation.float() + e.unsqueeze(2), x.shape[1]).unbind(2)
-        return self.head(torch.addcmul(shift, self.norm(x), 1 + scale))
+        shift, scale = (self.modulation.float() + e.unsqueeze(2)).unbind(2)          # [B, F, D] each
+        return self.head(modulated(self.norm(x), shift, scale))
 
 
 class ImageEmbedding(nn.Module):
-    """CLIP vision tokens [B, 257, 1280] (two pictures: [B, 514, 1280]) -> [B, tokens, D]."""
+    """CLIP vision tokens [B, 257, 1280] (two pictures: [B, 514, 1280]) -> [B, tokens, D]. A single picture has the places of the first."""
 
     def __init__(self, dim: int, first_and_last: bool) -> None:
         super().__init__()
@@ -141,7 +143,7 @@ class ImageEmbedding(nn.Module):
 
     def forward(self, clip_fea: Tensor) -> Tensor:
         if hasattr(self, "emb_pos"):
-            clip_fea = clip_fea.reshape(-1, FLF_TOKENS, CLIP_DIM) + self.emb_pos
+            clip_fea = clip_fea + self.emb_pos[:, :clip_fea.shape[1]]
         return self.proj(clip_fea.to(self.proj[1].weight.dtype))
 
 
@@ -205,8 +207,9 @@ class WanLiteStudent(ModelMixin, ConfigMixin):
         """The velocity [B, C_out, T, H, W] in fp32.
 
         latents [B, C_in, T, H, W], H and W even; timestep [B] or [B, T], = 1000 sigma in float32; context [B, L <= 512, 4096],
-        taken as zero-padded to 512; clip_fea [B, 257, 1280]. return_features: also {block: its output [B, N, D]}, of all
-        blocks or of those named. skip_blocks are passed over as if they were the identity. Raises WanLiteError on shapes no WAN takes.
+        taken as zero-padded to 512; clip_fea [B, 257, 1280], of two pictures [B, 514, 1280], for a WAN with the CLIP branch, which
+        reads the text where there is none, as in ComfyUI. return_features: also {block: its output [B, N, D]}, of all blocks
+        or of those named. skip_blocks are passed over as if they were the identity. Raises WanLiteError on shapes no WAN takes.
         """
         self._check(latents, timestep, context, clip_fea)
         x, grid = self._tokens(latents)
@@ -255,7 +258,8 @@ class WanLiteStudent(ModelMixin, ConfigMixin):
         from .formats.read import open_wan
         with open_wan(Path(path)) as source:
             student = cls.filled(source.config, source.tensors(), torch_dtype or source.dtype, device)
-        student.legacy, student.card = source.provenance.get("legacy", {}), source.card
+        legacy = source.provenance.get("legacy")
+        student.legacy, student.card = legacy if isinstance(legacy, dict) else {}, source.card
         student.register_to_config(image_size=source.provenance.get("image_size"))
         return student
 
@@ -269,9 +273,16 @@ class WanLiteStudent(ModelMixin, ConfigMixin):
         if context.ndim != 3 or context.shape[0] != shape[0] or context.shape[1] > TEXT_LEN or context.shape[2] != TEXT_DIM:
             raise WanLiteError(f"The text context has shape {list(context.shape)}.",
                                f"WAN takes [{shape[0]}, up to {TEXT_LEN}, {TEXT_DIM}].", "Encode the prompts with umt5-xxl.")
-        if (clip_fea is None) == self.wan.img_emb:
-            told = "needs clip_fea [B, 257, 1280]" if self.wan.img_emb else "has no image branch and takes no clip_fea"
-            raise WanLiteError(f"This WAN {told}.")
+        if clip_fea is not None:
+            self._check_clip(clip_fea, shape[0])
+
+    def _check_clip(self, clip_fea: Tensor, batch: int) -> None:
+        if not self.wan.img_emb:
+            raise WanLiteError("This WAN has no image branch and takes no clip_fea.")
+        most = FLF_TOKENS if self.wan.model_type == "flf2v" else math.inf
+        if clip_fea.ndim != 3 or clip_fea.shape[0] != batch or clip_fea.shape[1] > most or clip_fea.shape[2] != CLIP_DIM:
+            raise WanLiteError(f"The CLIP tokens have shape {list(clip_fea.shape)}.",
+                               f"This WAN takes [{batch}, {FLF_TOKENS // 2} for each picture, {CLIP_DIM}].", "Encode the picture with clip_vision_h.")
 
     def _checkpointed(self, block: Block, x: Tensor, **shared: Any) -> Tensor:
         """The block's output, with x kept and the rest computed again. What is given by name is not saved: all blocks hold the same tensors."""
@@ -381,9 +392,19 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
 
 
-def per_token(e: Tensor, tokens: int) -> Tensor:
-    """[B, F, k, D] -> broadcastable to the tokens: one row for all, or each frame's row for its own tokens."""
-    return e if e.shape[1] == 1 else e.repeat_interleave(tokens // e.shape[1], dim=1)
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift of tokens [B, N, D]; shift and scale [B, F, D]: one row for all of them, or each frame's for its own, copied to none."""
+    return torch.addcmul(shift.unsqueeze(2), by_frame(x, shift), 1 + scale.unsqueeze(2)).flatten(1, 2)
+
+
+def gated(x: Tensor, gate: Tensor) -> Tensor:
+    """gate x of tokens [B, N, D]; gate [B, F, D] as there."""
+    return (gate.unsqueeze(2) * by_frame(x, gate)).flatten(1, 2)
+
+
+def by_frame(x: Tensor, rows: Tensor) -> Tensor:
+    """Tokens [B, N, D] beside rows [B, F, D] -> [B, F, N / F, D]."""
+    return x.unflatten(1, (rows.shape[1], -1))
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int, int], channels: int) -> Tensor:

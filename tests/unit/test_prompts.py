@@ -21,7 +21,7 @@ def test_padding_is_trimmed_and_comes_back_as_zeros():
     assert torch.equal(bank.cond([0]).context[0], torch.ones(3, 4096))
     both = bank.cond([0, 1]).context
     assert both.shape == (2, 5, 4096) and not both[0, 3:].any()
-    assert bank.negative_cond(4).context.shape == (4, 1, 4096)
+    assert bank.negative_cond([0, 1, 0, 1]).context.shape == (4, 1, 4096)
 
 
 def test_a_bank_survives_its_file(tmp_path):
@@ -57,6 +57,12 @@ def test_a_file_that_is_no_bank_gets_a_sentence(tmp_path, content):
 def test_an_embedding_that_is_not_wans_is_refused(shape):
     with pytest.raises(WanLiteError, match="umt5"):
         trim(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("context", [torch.full((2, 4096), float("nan")), torch.ones(0, 4096), torch.ones(2, 4096, dtype=torch.int64), torch.ones(5000, 4096)])
+def test_an_embedding_that_is_empty_or_no_numbers_is_refused(context):
+    with pytest.raises(WanLiteError, match="rows of .*Encode the prompts again"):
+        trim(context)
 
 
 def test_a_prompt_longer_than_wan_reads_is_refused_and_mere_padding_is_not():

@@ -188,11 +188,35 @@ def test_shapes_that_no_wan_takes_are_refused_in_words(change, told):
         random_wan(depth=1)(*given.values())
 
 
-def test_the_image_branch_is_built_used_and_asked_for():
+def test_the_image_branch_reads_the_picture_and_without_one_the_text():
+    """The second in ComfyUI's way, row by row here; tests/in_process/test_variants.py compares with ComfyUI itself."""
     student = random_wan(depth=1, model_type="i2v", in_dim=36, image_dim=1280)
     _, t, context = inputs()
     x, clip = torch.randn(2, 36, 3, 4, 6), torch.randn(2, 257, 1280)
     with torch.no_grad():
-        assert not torch.allclose(student(x, t, context, clip), student(x, t, context, clip.flip(-1)), atol=1e-4)
-    with pytest.raises(WanLiteError, match="clip_fea"):
-        student(x, t, context)
+        seen, unseen = student(x, t, context, clip), student(x, t, context)
+        assert not torch.allclose(seen, student(x, t, context, clip.flip(-1)), atol=1e-4)
+        student.img_emb.forward = lambda _: student.text_embedding(context)
+        torch.testing.assert_close(unseen, student(x, t, context, clip), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(unseen, seen, atol=1e-2)
+
+
+def test_one_picture_of_a_first_and_last_frame_wan_has_the_places_of_the_first():
+    """Also in a batch of two, which is no pair of pictures."""
+    student = random_wan(depth=1, model_type="flf2v", in_dim=36, image_dim=1280)
+    clip = torch.randn(2, 514, 1280)
+    with torch.no_grad():
+        both, first = student.img_emb(clip), student.img_emb(clip[:, :257])
+    torch.testing.assert_close(first, both[:, :257])
+
+
+@pytest.mark.parametrize(("kind", "shape", "told"), [
+    ({}, (2, 257, 1280), "no image branch"),
+    ({"model_type": "i2v", "in_dim": 36, "image_dim": 1280}, (2, 257, 1024), "257 for each picture"),
+    ({"model_type": "i2v", "in_dim": 36, "image_dim": 1280}, (1, 257, 1280), r"takes \[2, "),
+    ({"model_type": "flf2v", "in_dim": 36, "image_dim": 1280}, (2, 771, 1280), "257 for each picture"),
+])
+def test_clip_tokens_that_a_wan_cannot_read_are_refused_in_words(kind, shape, told):
+    student, (_, t, context) = random_wan(depth=1, **kind), inputs()
+    with pytest.raises(WanLiteError, match=told):
+        student(torch.randn(2, student.wan.in_dim, 3, 4, 6), t, context, torch.randn(shape))
