@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("folder", type=Path, help="a run's folder, below output/wanlite/runs")
     shared.add_argument("--teacher", type=Path, help="the WAN file or folder that the run's teacher was opened from; one that lies in the run's folder is found")
+    shared.add_argument("--other", type=Path, help="the same of the other expert, for a run on one of 2.2's two")
     shared.add_argument("--cache", type=Path, help="where the teacher's answers are, when they were moved")
     shared.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu, ... (here: %(default)s)")
     going = commands.add_parser("run", parents=[shared], help="go on with a run, to its end")
@@ -76,11 +77,12 @@ def _command(given: argparse.Namespace, received: list[int]) -> int:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     teacher = inputs.teacher_of(files, job, device, given.teacher)
-    cache = given.cache or Path(files.noted("cache"))
+    other = inputs.teacher_of(files, job, device, given.other, inputs.OTHER) if job.role else None
+    cache = given.cache or inputs.cache_of(files)
     if given.command == "cache":
-        work = fill(job, cache, teacher, parts, given.shard)
+        work = fill(job, cache, teacher, parts, given.shard, other)
     else:
-        work = run(job, files.path, cache, teacher, parts.student, parts.prompts, parts.latents, start_from=parts.start_from)
+        work = run(job, files.path, cache, teacher, parts.student, parts.prompts, parts.latents, start_from=parts.start_from, other=other)
     with closing(work), _Shown() as shown:
         for event in work:
             shown(event)

@@ -46,7 +46,7 @@ class Prepared:
 
     def prepare(self, name, file=None, **changes):
         for _ in inputs.prepare(RunFolder(self.folder / name), self.job(**changes), Inputs(student=self.student, prompts=self.bank), self.teacher,
-                                self.folder / f"cache of {name}", lambda: file):
+                                self.folder / f"cache of {name}", lambda _: file):
             pass
         return self.folder / name
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from wanlite_model.distill.adapters import Adapters, fresh_factors
 from wanlite_model.distill.dry import FUSED_RMS_NORM, dry_run
+from wanlite_model.cond import Cond
 from wanlite_model.distill.evaluate import student_velocity
 from wanlite_model.distill.job import Recipe
 from wanlite_model.distill.live import LiveBytes
@@ -139,7 +140,7 @@ def trained_twice(fields, recipe, again, dtype=torch.float32, autocast=contextli
     x, target, sigma, context = torch.randn(2, *SHAPE), torch.randn(2, *SHAPE), torch.rand(2), torch.randn(2, context, 4096)
     for step in range(2):
         with autocast():
-            velocity = student_velocity(student, x, sigma, context)
+            velocity = student_velocity(student, x, sigma, Cond(context=context))
         loss = (velocity - target.to(velocity.device)).square().mean()
         loss.backward()
         norm = clip_grad_norm_(trained.values(), recipe.max_grad_norm)
@@ -308,7 +309,7 @@ def test_weights_of_14b_take_no_memory_and_a_whole_clip_no_time():
         assert held == 2 * student.num_parameters()
         dry.reset_peak()
         with torch.no_grad():
-            student_velocity(student, torch.randn(1, 16, 21, 60, 104), torch.ones(1), torch.randn(1, 50, 4096))
+            student_velocity(student, torch.randn(1, 16, 21, 60, 104), torch.ones(1), Cond(context=torch.randn(1, 50, 4096)))
         one = 21 * 30 * 52 * 5120
         assert 10 * one < dry.peak("cuda") - held < 40 * one
 

@@ -1,5 +1,6 @@
 """Distribution matching: one copy of the weights for three, a critic that learns, and a student that is moved to where the teacher is."""
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def test_a_run_ends_with_one_lora_in_place_of_the_one_it_went_on_from(setting):
     *events, end = setting.run(setting.few, MATCH, "matched", steps=12)
     assert len(end.handle.loras) == 1 and end.handle.loras[0].endswith(".safetensors") and end.handle.loras != setting.few.loras
     assert "brightness, contrast, sharpness and motion" in end.report and "LoRA as it was" in end.report
-    before, after = (read_lora(path, setting.start.config) for path in (setting.few.loras[0], end.handle.loras[0]))
+    before, after = (read_lora(Path(path), setting.start.config) for path in (setting.few.loras[0], end.handle.loras[0]))
     assert before.factors.keys() == after.factors.keys()
     assert not any("critic" in name for name in after.tensors())
     state = load_file(setting.folder / "matched" / "checkpoint.safetensors")
@@ -109,11 +110,11 @@ def test_the_students_gradient_vanishes_when_the_critic_says_what_the_teacher_sa
     draw = torch.Generator().manual_seed(0)
     clips = result_of(matching._clips(draw))
     with torch.no_grad():
-        gradient = matching._gradient(clips, setting.bank.cond(clips.prompts).context, draw)
+        gradient = matching._gradient(clips, setting.bank.cond(clips.prompts), draw)
         assert gradient.abs().max() < 1e-4
         critic = running.state.critic
         critic.parameters["head.head.lora_B.weight"].add_(0.1)
-        assert matching._gradient(clips, setting.bank.cond(clips.prompts).context, draw).abs().max() > 1e-3
+        assert matching._gradient(clips, setting.bank.cond(clips.prompts), draw).abs().max() > 1e-3
 
 
 def test_a_step_of_the_student_goes_to_where_the_teacher_is_and_away_from_the_critic(setting):
@@ -124,25 +125,25 @@ def test_a_step_of_the_student_goes_to_where_the_teacher_is_and_away_from_the_cr
     next(event for event in running._work() if isinstance(event, Stage) and event.name == "evaluating the start")
     matching, state, draw = running.learner, running.state, torch.Generator().manual_seed(0)
     clips = result_of(matching._clips(draw))
-    context = setting.bank.cond(clips.prompts).context
+    cond = setting.bank.cond(clips.prompts)
     for name, value in state.critic.parameters.items():
         value.data.normal_(generator=torch.Generator().manual_seed(1)).mul_(0.1)
     with torch.no_grad():
-        x, sigma, _ = matching._noised(clips.visited[-1], torch.Generator().manual_seed(5))
+        x, sigma, _ = matching._noised(clips.visited[-1], cond, torch.Generator().manual_seed(5))
         with state.adapters.switched(False), state.critic.switched(True):
-            fake = x - sigma.view(-1, 1, 1, 1, 1) * state.student(x, 1000 * sigma, context)
-        real = x - sigma.view(-1, 1, 1, 1, 1) * setting.teacher.velocity(x, sigma, setting.bank.cond(clips.prompts))
-        gradient = matching._gradient(clips, context, torch.Generator().manual_seed(5))
+            fake = x - sigma.view(-1, 1, 1, 1, 1) * state.student(x, 1000 * sigma, cond.context)
+        real = x - sigma.view(-1, 1, 1, 1, 1) * setting.teacher.velocity(x, sigma, cond)
+        gradient = matching._gradient(clips, cond, torch.Generator().manual_seed(5))
         scale = (clips.visited[-1] - real).abs().mean((1, 2, 3, 4), keepdim=True)
         torch.testing.assert_close(gradient, (fake - real) / scale, atol=1e-4, rtol=1e-3)
     turn, sigmas = 0, torch.tensor([1.0, 0.6])
     loss = matching._student_loss(clips, sigmas[0], turn, torch.Generator().manual_seed(5))
     loss.backward()
     with torch.no_grad():
-        before = state.student(clips.visited[0], 1000 * sigmas[:1].expand(len(context)), context)
+        before = state.student(clips.visited[0], 1000 * sigmas[:1].expand(len(cond)), cond.context)
         for value in state.adapters.parameters.values():
             value.data.add_(value.grad, alpha=-1e-3)
-        after = state.student(clips.visited[0], 1000 * sigmas[:1].expand(len(context)), context)
+        after = state.student(clips.visited[0], 1000 * sigmas[:1].expand(len(cond)), cond.context)
     moved = (sigmas[1] - sigmas[0]) * (after - before)              # of the clip, by this step
     assert float((moved * gradient).sum()) < 0
     assert all(value.grad is None for value in state.critic.parameters.values())

@@ -15,7 +15,8 @@ from wanlite_model.distill.dry import dry_run
 from wanlite_model.distill.frozen import FLOAT8, Float8Linear, dequantised, hold_in_float8, places, quantised
 from wanlite_model.pinned import host_memory, pieces
 from wanlite_model.swap import Swap, lay_out
-from wanlite_model.teacher import Cond, FileTeacher, ModuleTeacher, at_work
+from wanlite_model.cond import Cond
+from wanlite_model.teacher import FileTeacher, ModuleTeacher, at_work
 from wanlite_model.transformer import WanLiteStudent
 
 CPU = torch.device("cpu")

@@ -10,7 +10,8 @@ from helpers_tiny import random_bank, random_teacher, random_wan
 from wanlite_model import flow
 from wanlite_model.compress.importance import make_probe
 from wanlite_model.distill import objectives
-from wanlite_model.distill.data import STATES_OF_PROMPT, REUSE, TeacherCache, latents_fingerprint, plan_units, state_counts
+from wanlite_model.distill.data import STATES_OF_PROMPT, REUSE, TeacherCache, latents_fingerprint, plan_units
+from wanlite_model.distill.paths import state_counts
 from wanlite_model.distill.evaluate import evaluate
 from wanlite_model.distill.job import DistillJob, Recipe, differences
 from wanlite_model.distill.optim import WeightAverage, lr_at, make_optimizer
@@ -74,7 +75,7 @@ def test_progress_is_told_forward_by_forward_and_reaches_the_end(filled):
 def test_cached_answers_are_the_teachers_own_at_those_states(filled):
     teacher, bank, job, cache, _ = filled
     batch = cache.batch(0)
-    expected = guided_velocity(teacher, batch.x, batch.sigma, bank.cond(batch.prompts), bank.negative_cond(6), job.cfg)
+    expected = guided_velocity(teacher, batch.x, batch.sigma, bank.cond(batch.prompts), bank.negative_cond(batch.prompts), job.cfg)
     torch.testing.assert_close(batch.guided(job.cfg), expected, atol=0.02, rtol=0.02)      # stored in fp16
 
 
@@ -82,7 +83,7 @@ def test_the_path_leads_where_the_sampler_goes(filled):
     teacher, bank, job, cache, _ = filled
     unit = cache.units[0]
     first, last = cache._state(unit, 0), cache._state(unit, 3)
-    x0 = flow.sample(lambda x, s: guided_velocity(teacher, x, s, bank.cond([0]), bank.negative_cond(1), job.cfg), first["x"], flow.schedule(4, job.shift))
+    x0 = flow.sample(lambda x, s: guided_velocity(teacher, x, s, bank.cond([0]), bank.negative_cond([0]), job.cfg), first["x"], flow.schedule(4, job.shift))
     v = flow.guided(last["v_neg"], last["v_pos"], job.cfg)
     torch.testing.assert_close(flow.denoised(last["x"], v, last["sigma"]), x0, atol=0.02, rtol=0.02)
 
@@ -122,7 +123,7 @@ def test_every_job_on_the_same_prompts_holds_out_the_same():
     turned = PromptBank(prompts=bank.prompts[::-1], contexts=bank.contexts[::-1], negative_text=bank.negative_text, negative=bank.negative)
     assert {turned.prompts[i] for i in turned.held_out} == {bank.prompts[i] for i in bank.held_out}
     probe = result_of(make_probe(teacher, bank, SHAPE, seed=0, count=80, cfg=3.0, each=1))
-    asked = {i for i, context in enumerate(bank.contexts) for other in probe.context if torch.equal(context, other[:len(context)])}
+    asked = {i for i, context in enumerate(bank.contexts) for other in probe.cond.context if torch.equal(context, other[:len(context)])}
     assert asked == set(range(40)) - set(bank.held_out)         # nor do blocks that are chosen and trained for a start see them
 
 
@@ -145,7 +146,7 @@ def test_prompts_are_asked_again_with_other_noise_when_the_states_would_not_do()
 def test_a_unit_holds_re_noised_states_in_their_share():
     teacher, bank = random_teacher(depth=1), random_bank()
     counts = [state_counts(make_job(teacher, bank, recipe={"renoised": share})) for share in (0.0, 0.1, 0.5, 0.7, 1.0)]
-    assert counts == [(4, 0), (4, 1), (4, 4), (4, 9), (4, 12)]
+    assert counts == [(4, 0, 0), (4, 1, 0), (4, 4, 0), (4, 9, 0), (4, 12, 0)]
 
 
 def test_a_corrupt_or_foreign_unit_is_asked_for_again(filled):

@@ -1,6 +1,7 @@
 """A run: resumable bit for bit, better than its start on held-out states, and never silently another job's."""
 import os
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +46,14 @@ def test_a_run_tells_its_story_and_ends_below_the_start_and_the_plain_cut(settin
     assert end.losses == tuple(step.loss for step in steps)
     assert "plain cut" in end.report and "no effect" in end.report and "other noise of the same prompts" in end.report
     assert end.handle.card.cfg == 1 and end.handle.card.shift == setting.teacher.shift
+
+
+def test_which_neurons_were_kept_survives_training_and_loading(tmp_path):
+    setting = Setting(tmp_path)
+    setting.student, _ = result_of(create_student(setting.teacher, setting.bank, SHAPE, depth=3, ffn_dim=192, method="interleaved", folder=tmp_path / "starts"))
+    *_, end = setting.events(setting.job(steps=2))
+    assert len(setting.student.plan.ffn_kept) == 3 and end.handle.plan == setting.student.plan
+    assert StudentHandle.of(Path(end.handle.folder)).plan.ffn_kept == setting.student.plan.ffn_kept
 
 
 def test_resume_continues_bit_for_bit(setting):
@@ -461,7 +470,7 @@ def test_with_velocity_kd_the_teacher_is_asked_where_the_student_comes_to(settin
                                 flow.schedule(3, job.shift))
         x = [x for x, _, _ in walk][steps]
         torch.testing.assert_close(batch.x[row:row + 1], x, atol=1e-5, rtol=1e-4)
-        wanted = guided_velocity(setting.teacher, x, batch.sigma[row:row + 1], setting.bank.cond(which), setting.bank.negative_cond(1), job.cfg)
+        wanted = guided_velocity(setting.teacher, x, batch.sigma[row:row + 1], setting.bank.cond(which), setting.bank.negative_cond(which), job.cfg)
         torch.testing.assert_close(batch[row:row + 1].guided(job.cfg), wanted, atol=1e-4, rtol=1e-3)
     list(setting.events(job, "own velocity"))
     list(setting.events(setting.job(), "no own velocity"))

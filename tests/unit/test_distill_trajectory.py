@@ -7,7 +7,8 @@ from helpers_compress import result_of
 from helpers_tiny import random_bank, random_teacher
 
 from wanlite_model import flow
-from wanlite_model.distill.data import TeacherCache, plan_units, rollout_sigmas, state_counts, student_sigmas
+from wanlite_model.distill.data import TeacherCache, plan_units
+from wanlite_model.distill.paths import rollout_sigmas, state_counts, student_sigmas
 from wanlite_model.distill.evaluate import evaluate
 from wanlite_model.distill.job import DistillJob, Recipe
 from wanlite_model.distill.presets import PRESETS
@@ -48,7 +49,7 @@ def test_the_answers_are_the_average_velocities_of_the_teachers_guided_path(fill
     sigmas = rollout_sigmas(job)
     assert len(sigmas) == 7 and torch.equal(sigmas[::3], student_sigmas(job))
     noise = cache._piece(unit, 0)["x"]
-    path = [x for x, _, _ in flow.euler_steps(lambda x, s: guided_velocity(teacher, x, s, bank.cond([unit.prompt]), bank.negative_cond(1), 3.0), noise, sigmas)]
+    path = [x for x, _, _ in flow.euler_steps(lambda x, s: guided_velocity(teacher, x, s, bank.cond([unit.prompt]), bank.negative_cond([unit.prompt]), 3.0), noise, sigmas)]
     for k, after in ((0, 3), (1, 3), (3, 6), (5, 6)):
         piece = cache._piece(unit, k)
         torch.testing.assert_close(piece["x"], path[k], atol=3e-3, rtol=0)

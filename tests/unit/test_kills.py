@@ -33,7 +33,7 @@ def prepared(folder):
                      recipe=Recipe(learning_rate=1e-3, batch_size=8, warmup=2, teacher_steps=2, evaluations=8, ema_decay=0.5, save_every=SAVE_EVERY))
     runs = [folder / "straight", folder / "killed"]
     for run in runs:
-        for _ in inputs.prepare(RunFolder(run), job, Inputs(student=student, prompts=bank), teacher, folder / f"{run.name}-cache", lambda: folder / "wan"):
+        for _ in inputs.prepare(RunFolder(run), job, Inputs(student=student, prompts=bank), teacher, folder / f"{run.name}-cache", lambda _: folder / "wan"):
             pass
     return *runs, len(plan_units(job, bank, None))
 

@@ -78,6 +78,7 @@ from pathlib import Path
 import torch
 from helpers_compress import result_of
 from helpers_memory import allow
+from wanlite_model.cond import Cond
 from wanlite_model.compress.apply import start_student
 from wanlite_model.compress.ffn import cut_ffn
 from wanlite_model.compress.importance import Probe
@@ -101,7 +102,7 @@ class Teacher:
 teacher, keep = Teacher(), tuple(range(80))
 torch.linalg.cholesky(torch.eye(256, dtype=torch.float64))          # its libraries are loaded at the first call
 allow(int(sys.argv[1]))
-probe = Probe(x=torch.zeros(4, 16, 1, 8, 8), sigma=torch.zeros(4), context=torch.zeros(4, 1, 4096))
+probe = Probe(x=torch.zeros(4, 16, 1, 8, 8), sigma=torch.zeros(4), cond=Cond(context=torch.zeros(4, 1, 4096)))
 cuts = result_of(cut_ffn(teacher, probe, keep, 256, Shelf(Path(sys.argv[2])), memory=1))
 plan = CompressionPlan(keep=keep, ffn_dim=256, method="given", teacher_layers=80, teacher_ffn_dim=512)
 for name, tensor in start_student(teacher.weights(), plan, cuts):

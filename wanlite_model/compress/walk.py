@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Sequence
 import torch
 from torch import Tensor
 
-from .. import flow
 from ..config import WanConfig
 from ..formats.keymap import wan_shapes
 from ..teacher import Teacher
@@ -50,7 +49,7 @@ class Walk:
             state = {name: read(name).to(teacher.device, torch.float32, copy=True) for name in shell.state_dict()}
             shell.load_state_dict(state, assign=True)
             self._shell, self.block = shell.requires_grad_(False), shell.blocks[0]
-            self.hidden = torch.cat([shell._tokens(x.to(self._device))[0].to("cpu", KEPT) for x in probe.x.split(probe.batch)])
+            self.hidden = torch.cat([self._fed(which).to("cpu", KEPT) for which in self.parts()])
 
     @property
     def together(self) -> int:
@@ -71,12 +70,18 @@ class Walk:
     def answer(self, which: Tensor) -> Tensor:
         """What the block hands on [b, N, D] at the states `which` [b]."""
         shell, probe = self._shell, self._probe
-        _, e6 = shell._time(flow.TIMESTEPS * probe.sigma[which].to(self._device))
-        text, padding = shell._text(probe.context[which].to(self._device))
+        cond = probe.cond[which].to(self._device)
+        _, e6 = shell._time(cond.timestep(probe.x, probe.sigma[which].to(self._device)))
+        text, padding = shell._text(cond.context)
+        image = None if cond.clip_fea is None else shell.img_emb(cond.clip_fea)
         frames, rows, columns = probe.x.shape[2:]
         rope = rope_table((frames, rows // 2, columns // 2), self._device)
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._device.type == "cuda"):
-            return self.block(self.hidden[which].to(self._device, torch.float32), e6, rope, text, padding, None)
+            return self.block(self.hidden[which].to(self._device, torch.float32), e6, rope, text, padding, image)
+
+    def _fed(self, which: Tensor) -> Tensor:
+        """What the first block is fed [b, N, D] at the states `which` [b]."""
+        return self._shell._tokens(self._probe.cond[which].input(self._probe.x[which]).to(self._device))[0]
 
     def advance(self) -> None:
         """Goes behind the block: what it hands on is what the next one is fed."""

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..errors import WanLiteError
+from ..experts import Other
 from ..prompts import PromptBank
 from ..teacher import Teacher
 from .budget import GIB, check_disk
@@ -20,16 +22,25 @@ from .room import clear_cache, in_use, touch
 SHARE = 0.4                     # of a job's minutes may go into it
 
 
-def fill(job: DistillJob, cache_root: Path, teacher: Teacher, parts: Inputs, shard: tuple[int, int] = (0, 1)) -> Iterator[Stage]:
+def fill(job: DistillJob, cache_root: Path, teacher: Teacher, parts: Inputs, shard: tuple[int, int] = (0, 1), other: Teacher | None = None
+         ) -> Iterator[Stage]:
     """Asks the teacher all that a job with a number of steps asks it, or one part of n: shard (i, n)."""
-    asking = Asking(job=job, root=cache_root, teacher=teacher, prompts=parts.prompts, latents=parts.latents)
+    asking = Asking(job=job, root=cache_root, teacher=asked_of(job, teacher, other), prompts=parts.prompts, latents=parts.latents)
     with in_use(cache_root):
         yield from asking.fill(asking.cache(None), shard)
 
 
+def asked_of(job: DistillJob, teacher: Teacher, other: Teacher | None) -> Teacher:
+    """Who makes the teacher's paths: itself, or both experts as one. Raises WanLiteError when the other one is not the job's."""
+    given = "" if other is None else other.fingerprint
+    if given != job.other or (job.role is None) != (other is None):
+        raise WanLiteError(f"The job was made for the other expert {job.other or 'none'} and was given {given or 'none'}.", "", "Build the job from the parts it is run with.")
+    return teacher if other is None else Other(teacher=other, role=job.role).beside(teacher)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Asking:
-    """Who is asked, for which job. root: the folder that the answers of all jobs are kept in."""
+    """Who is asked, for which job: the teacher, or both experts as one. root: the folder that the answers of all jobs are kept in."""
     job: DistillJob
     root: Path
     teacher: Teacher

@@ -17,7 +17,7 @@ from ..teacher import Teacher
 from ..transformer import WanLiteStudent
 from .adapters import Adapters, BaseTeacher, fresh_factors
 from .checkpoint import TrainState
-from .data import seeded
+from .paths import seeded
 from .frozen import hold_in_float8, places
 from .job import DistillJob
 from .levers import Levers

@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from ..compress.importance import tokens
 from ..compress.plan import interleaved
+from ..cond import Shown
 from ..config import TEXT_DIM, WanConfig
 from ..errors import WanLiteError
 from ..formats.keymap import wan_size
@@ -30,7 +31,7 @@ from ..transformer import WanLiteStudent
 from .adapters import BaseTeacher, adapter_size
 from .begin import empty_student, state_of
 from .checkpoint import TrainState, size_of
-from .data import Batch, TeacherCache, state_counts
+from .data import Batch, TeacherCache
 from .dry import dry_run
 from .evaluate import at_once, student_velocity
 from .job import DistillJob, Recipe
@@ -38,6 +39,7 @@ from .learner import TOKENS_A_PASS, Learner
 from .levers import Levers, LeverSettings, ladder
 from .modes import trains
 from .objectives import feature_pairs
+from .paths import state_counts
 
 log = logging.getLogger(__name__)
 
@@ -249,14 +251,15 @@ def predicted(job: DistillJob, config: WanConfig, levers: Levers, device_type: s
     kind = Recipe(rank=job.recipe.rank, optimizer=job.recipe.optimizer, objective=objective, batch_size=size)
     alike = DistillJob(student="", teacher="", prompts="", shape=job.shape, shift=1.0, steps=1, recipe=kind)            # all that decides it
     begin = () if lora is None else tuple((layer, len(found.down), *found.down.shape[1:], len(found.up)) for layer, found in lora.factors.items())
-    return _predicted(alike, config, levers, device_type, longest, begin, beside, stored)
+    shown = tuple((name, tuple(value.shape)) for name, value in prompts.shown[0].tensors().items()) if prompts.shown else ()
+    return _predicted(alike, config, levers, device_type, longest, shown, begin, beside, stored)
 
 
 @functools.lru_cache(maxsize=256)
-def _predicted(job: DistillJob, config: WanConfig, levers: Levers, device_type: str, longest: int, begin: tuple[tuple[str, int, int, int], ...],
-               beside: WanConfig | None, stored: torch.dtype) -> Peaks:
-    """begin: (layer, rank, columns, rows) of factors to begin with."""
-    device, prompts = torch.device(device_type), _prompts_of(longest)
+def _predicted(job: DistillJob, config: WanConfig, levers: Levers, device_type: str, longest: int, shown: tuple[tuple[str, tuple[int, ...]], ...],
+               begin: tuple[tuple[str, int, int, int], ...], beside: WanConfig | None, stored: torch.dtype) -> Peaks:
+    """longest: tokens of a prompt. shown: names and shapes of what comes with it. begin: (layer, rank, columns, rows) of factors to begin with."""
+    device, prompts = torch.device(device_type), _prompts_of(longest, shown)
     with dry_run(device_type) as count:
         lora = Lora(factors={layer: Factors(down=torch.empty(rank, columns), up=torch.empty(rows, rank), scale=1.0) for layer, rank, columns, rows in begin})
         state = _dry_state(job, config, levers, device, lora, stored)
@@ -309,12 +312,13 @@ def _dry_step(learner: Learner, state: TrainState, size: int) -> None:
 def _dry_evaluation(job: DistillJob, state: TrainState, prompts: PromptBank) -> None:
     size = at_once(job)
     with state.average.in_place(), torch.no_grad():
-        student_velocity(state.student, torch.empty(size, *job.shape), torch.ones(size), prompts.cond([0] * size).context)
+        student_velocity(state.student, torch.empty(size, *job.shape), torch.ones(size), prompts.cond([0] * size))
 
 
-def _prompts_of(length: int) -> PromptBank:
+def _prompts_of(length: int, shown: tuple[tuple[str, tuple[int, ...]], ...]) -> PromptBank:
     context = torch.ones(length, TEXT_DIM)
-    return PromptBank(prompts=("",), contexts=(context,), negative_text="", negative=context[:1])
+    pictures = (Shown(**{name: torch.zeros(shape) for name, shape in shown}),) if shown else ()
+    return PromptBank(prompts=("",), contexts=(context,), negative_text="", negative=context[:1], shown=pictures)
 
 
 def _batch(shape: tuple[int, int, int, int], size: int) -> Batch:

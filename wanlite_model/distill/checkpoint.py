@@ -122,15 +122,15 @@ class RunFolder:
 
     def rows(self, kind: str) -> list[dict[str, Any]]:
         """The logged lines of one kind, in order; a line torn by a power cut is passed over."""
-        if not self.metrics.exists():
+        if not self.metrics.is_file():
             return []
         found = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 found.append(json.loads(line))
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
-        return [row for row in found if row["kind"] == kind]
+        return [row for row in found if isinstance(row, dict) and row.get("kind") == kind]
 
     def forget_after(self, step: int) -> None:
         """Drops what was logged after the step that training goes on from."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..compress.handle import StudentHandle
+from ..config import WanConfig
 from ..errors import WanLiteError
 from ..formats.lora import Lora
 from ..prompts import PromptBank
@@ -11,22 +12,24 @@ from ..teacher import Teacher, fingerprint_tensors
 from .begin import few_step_lora
 from .data import check_latents
 from .job import DistillJob
+from .paths import own_turns
 
 
 def check(job: DistillJob, handle: StudentHandle, teacher: Teacher, prompts: PromptBank, latents: Tensor | None, start_from: Lora | None) -> None:
     """Raises WanLiteError where the parts are not those that the job was made for, or there is nothing that it could do with them."""
     check_latents(latents, prompts)
-    _check_parts(job, handle, teacher, prompts, start_from)
+    _check_parts(job, handle, teacher, prompts.fitted(teacher.config, job.shape), start_from)
     ours, its = handle.config, teacher.config
-    if (ours.in_dim, ours.out_dim) != (its.in_dim, its.out_dim):
-        raise WanLiteError(f"The student has {ours.in_dim} latent channels and the teacher {its.in_dim}.",
-                           "They must speak of the same latents.", "Choose a student of the same WAN family.")
+    if (ours.in_dim, ours.out_dim, ours.img_emb) != (its.in_dim, its.out_dim, its.img_emb):
+        raise WanLiteError(f"The student is a WAN {_kind(ours)} and the teacher is {_kind(its)}.",
+                           "They must be told the same and speak of the same latents.", "Choose a student of the same WAN family.")
     if _knows_it_all(job, handle, teacher, start_from):
         raise WanLiteError("The student is its teacher, whole, and is asked for what that does already.", "",
                            "Type the cfg that you sample with and fold it in, take blocks away with WanLite Create Student, or choose a preset with fewer steps.")
     if job.recipe.objective == "velocity + features" and not is_cut(handle, teacher):
         raise WanLiteError(f"The student is no part of this teacher: {ours.num_layers} blocks of {ours.dim} beside {its.num_layers} of {its.dim}.",
                            "Block features can only be compared between a teacher and what was cut from it.", "Choose another objective.")
+    own_turns(job)
     if job.matching:
         few_step_lora(job, handle, teacher, start_from)
     _check_shape(job.shape, teacher)
@@ -46,6 +49,10 @@ def is_cut(handle: StudentHandle, teacher: Teacher) -> bool:
 def lora_fingerprint(lora: Lora) -> str:
     """What `DistillJob.start_from` holds."""
     return fingerprint_tensors(lora.tensors())
+
+
+def _kind(config: WanConfig) -> str:
+    return f"{config.model_type} ({config.in_dim} channels in, {config.out_dim} out{', with CLIP vision' if config.img_emb else ''})"
 
 
 def _check_parts(job: DistillJob, handle: StudentHandle, teacher: Teacher, prompts: PromptBank, start_from: Lora | None) -> None:

@@ -29,15 +29,15 @@ from ..compress.importance import TOKENS_AT_ONCE, tokens
 from ..errors import WanLiteError
 from ..files import replace_file
 from ..prompts import PromptBank
-from ..teacher import Cond, Teacher, guided_pair
+from ..roles import SIDES
+from ..teacher import Teacher
 from .job import MIN_UNITS, DistillJob
+from .paths import STORED, Answers, own_points, own_sigmas, own_turns, renoised_sigmas, rollout_sigmas, seeded, state_counts, uniform_share, visit
 
 VERSION = 4
-STORED = torch.float16          # rounding 2**-11 of a latent: far below what a student gets wrong
 REUSE = 2                       # times a state is trained on: more teaches it by heart, fewer asks the teacher too much
 HELD_STATES = 96                # that the best weights are chosen by: half as many chose worse ones, by chance
 STATES_OF_PROMPT = 256          # at most: they take disk as well as time
-MOST_RENOISED = 0.75            # share up to which a unit holds more re-noised states for it; each takes a forward
 UNIT = "wanlite.unit"           # metadata of a unit: {"key": its own, "crc32": {tensor: [of each state]}}
 
 
@@ -83,22 +83,6 @@ class Damaged(Exception):
     def __init__(self, path: Path) -> None:
         super().__init__(path.name)
         self.path = path
-
-
-def seeded(*parts: object) -> torch.Generator:
-    """A CPU generator that is a function of its arguments alone."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def rollout_sigmas(job: DistillJob) -> Tensor:
-    """The sigmas of the teacher's path, from noise to 0."""
-    return flow.subdivided(student_sigmas(job), job.substeps, job.shift)
-
-
-def student_sigmas(job: DistillJob) -> Tensor:
-    """The sigmas that the student is meant to be sampled along, from noise to 0."""
-    return flow.schedule(job.student_steps, job.shift) if job.sigmas is None else torch.tensor(job.sigmas)
 
 
 def check_latents(latents: Tensor | None, prompts: PromptBank) -> None:
@@ -157,14 +141,21 @@ def _prompt_of(item: int, prompts: PromptBank) -> int:
 def _keys(job: DistillJob, prompts: PromptBank, latents: Tensor | None) -> Callable[[int, int], str]:
     """(index, item) -> the name of that unit: a hash of everything that decides the answers in it."""
     negative = _digest(prompts.negative) if job.guided else None
-    asked = "path" if job.trajectory else (_uniform_share(job), state_counts(job))
-    shared = (VERSION, job.teacher, job.shift, job.shape, job.cfg, rollout_sigmas(job).tolist(), asked, job.train_seed, negative)
+    asked = "path" if job.trajectory else (uniform_share(job), state_counts(job))
+    shared = (VERSION, _asked(job), job.shift, job.shape, job.cfg, rollout_sigmas(job).tolist(), asked, job.train_seed, negative)
 
     @functools.cache
     def of_item(item: int) -> tuple[str, str | None]:
-        return prompts.context_key(_prompt_of(item, prompts)), None if latents is None else _digest(latents[item])
+        return prompts.key(_prompt_of(item, prompts)), None if latents is None else _digest(latents[item])
 
     return lambda index, item: hashlib.sha256(repr((*shared, index, *of_item(item))).encode()).hexdigest()[:24]
+
+
+def _asked(job: DistillJob) -> object:
+    """Whose answers they are: the same of both experts' jobs."""
+    if job.role is None:
+        return job.teacher
+    return (job.teacher, job.other, job.role.boundary) if job.role.side == "high" else (job.other, job.teacher, job.role.boundary)
 
 
 class TeacherCache:
@@ -200,9 +191,9 @@ class TeacherCache:
     @property
     def missing_bytes(self) -> int:
         """That the units which are not there yet take on disk."""
-        path, renoised = state_counts(self.job)
+        path, renoised, shared = state_counts(self.job)
         answers = 0 if self.job.trajectory else 2 if self.job.guided else 1             # beside the state itself
-        each = (path + renoised + self.job.trajectory) * (1 + answers) * math.prod(self.job.shape) * STORED.itemsize
+        each = (path + renoised + shared + self.job.trajectory) * (1 + answers) * math.prod(self.job.shape) * STORED.itemsize
         return each * sum(not self.intact(unit) for unit in self.units)
 
     def groups(self) -> list[tuple[Unit, ...]]:
@@ -221,9 +212,9 @@ class TeacherCache:
         for number, group in enumerate(groups):
             missing = [unit for unit in group if not self.intact(unit)]
             if missing:
-                answers = _Answers(self.job, teacher, prompts.cond([unit.prompt for unit in group]),
-                                   prompts.negative_cond(len(group)) if self.job.guided else None)
-                for done, _ in enumerate(_visit(self.job, group, answers, latents), start=number * each + 1):
+                which = [unit.prompt for unit in group]
+                answers = Answers(self.job, teacher, prompts.cond(which), prompts.negative_cond(which) if self.job.guided else None)
+                for done, _ in enumerate(visit(self.job, group, answers, latents), start=number * each + 1):
                     yield done, len(groups) * each
                 for row, unit in enumerate(group):
                     if unit in missing:                 # another job may train on the others
@@ -264,60 +255,85 @@ class TeacherCache:
             if self.job.trajectory:
                 states.append(self._step_of(unit, *chances))
             else:
-                own = float(torch.rand((), generator=draw)) < self.job.recipe.own_states and self.job.student_steps > 1
-                states.append(self._own(draw) if own else {**self._state(unit, self._drawn(*chances)), "rolled": torch.tensor([0])})
+                own = float(torch.rand((), generator=draw)) < self.job.recipe.own_states and len(self._turns) > 1
+                states.append(self._own(unit, draw) if own else {**self._state(unit, self._drawn(unit, *chances)), "rolled": torch.tensor([0])})
         return _collate(states, units)
 
-    def _own(self, draw: torch.Generator) -> dict[str, Tensor]:
-        """A state that the student is to come to from fresh noise in some of its own steps."""
-        steps = int(torch.randint(1, self.job.student_steps, (), generator=draw))
-        noise = torch.randn(1, *self.job.shape, generator=draw)
-        unknown = {"v_pos": torch.zeros_like(noise), **({"v_neg": torch.zeros_like(noise)} if self.job.guided else {})}
-        return {"x": noise, "sigma": student_sigmas(self.job)[steps:steps + 1], "rolled": torch.tensor([steps]), **unknown}
+    @functools.cached_property
+    def _turns(self) -> range:
+        return own_turns(self.job)
 
-    def _drawn(self, kind: float, where: float) -> int:
-        path, renoised = state_counts(self.job)
-        from_path = path > 0 and (renoised == 0 or kind >= self.job.recipe.renoised)
-        first, count = (0, path) if from_path else (path, renoised)
-        return first + int(where * count)
+    def _own(self, unit: Unit, draw: torch.Generator) -> dict[str, Tensor]:
+        """A state that the student is to come to in some of its own steps: from fresh noise, or from where the other expert left off."""
+        steps = int(torch.randint(1, len(self._turns), (), generator=draw))
+        noise = torch.randn(1, *self.job.shape, generator=draw) if self._turns.start == 0 else self._read(unit, self._turns.start)[0]["x"]
+        unknown = {"v_pos": torch.zeros_like(noise), **({"v_neg": torch.zeros_like(noise)} if self.job.guided else {})}
+        return {"x": noise, "sigma": own_sigmas(self.job)[steps:steps + 1], "rolled": torch.tensor([steps]), **unknown}
+
+    def _drawn(self, unit: Unit, kind: float, where: float) -> int:
+        path, renoised = self._rows(unit)
+        from_path = len(path) > 0 and (len(renoised) == 0 or kind >= self.job.recipe.renoised)
+        rows = path if from_path else renoised
+        return rows[int(where * len(rows))]
+
+    def _rows(self, unit: Unit) -> tuple[Sequence[int], Sequence[int]]:
+        """Those of a unit that the student is taught: on the teacher's path, and re-noised. An expert's are those that its own teacher answered."""
+        path, renoised, shared = state_counts(self.job)
+        if self.job.role is None:
+            return range(path), range(path, path + renoised)
+        drawn = renoised_sigmas(self.job, renoised, seeded(self.job.train_seed, "renoise", unit.index))
+        own = [path + k for k in self.job.role.owns(drawn).nonzero().flatten().tolist()]
+        both = [path + renoised + SIDES.index(self.job.role.side)] if shared else []
+        return self._turns if path else (), own + both
 
     def _step_of(self, unit: Unit, kind: float, where: float) -> dict[str, Tensor]:
         """A step to learn: from one of the student's points, from any point of the path, or from where the student comes to by itself."""
         recipe, each = self.job.recipe, self.job.substeps
+        first, count = self._turns.start, len(self._turns)
         if kind < recipe.full_range:
-            return self._piece(unit, int(where * self.job.path_steps))
-        turn = int(where * self.job.student_steps)
+            points = own_points(self.job)
+            return self._piece(unit, points[int(where * len(points))])
+        turn = int(where * count)
         own = (kind - recipe.full_range) < recipe.own_states * (1 - recipe.full_range)
-        return self._piece(unit, turn * each, turn if own else 0)
+        return self._piece(unit, (first + turn) * each, turn if own else 0)
 
     def _piece(self, unit: Unit, k: int, rolled: int = 0) -> dict[str, Tensor]:
-        """The step from point k of the path to the student's next point; `rolled` starts it at the noise: see Batch."""
-        noise, start, end = self._read(unit, 0, k, (k // self.job.substeps + 1) * self.job.substeps)
+        """The step from point k of the path to the student's next point; `rolled` starts it where its own steps begin: see Batch."""
+        first, start, end = self._read(unit, self._turns.start * self.job.substeps, k, (k // self.job.substeps + 1) * self.job.substeps)
         average = (end["x"] - start["x"]) / (end["sigma"] - start["sigma"])
-        return {"x": noise["x"] if rolled else start["x"], "sigma": start["sigma"], "v_pos": average, "goal": end["x"], "following": end["sigma"],
+        return {"x": first["x"] if rolled else start["x"], "sigma": start["sigma"], "v_pos": average, "goal": end["x"], "following": end["sigma"],
                 "rolled": torch.tensor([rolled])}
 
     def held_out(self, most: int = HELD_STATES) -> Batch:
         """Held-out states, evenly spread over sigma: on the teacher's path and re-noised; for trajectory KD the student's points on it."""
         if self.job.trajectory:
-            rows = [(unit, turn * self.job.substeps) for turn in range(self.job.student_steps) for unit in self.held]
+            rows = [(unit, turn * self.job.substeps) for turn in self._turns for unit in self.held]
             rows = rows[::-(-len(rows) // most)]
             return _collate([self._piece(unit, k) for unit, k in rows], [unit for unit, _ in rows])
         by_index = {unit.index: unit for unit in self.held}
-        rows = sorted((sigma, unit.index, k) for unit in self.held for k, sigma in enumerate(self._sigmas(unit)))
+        rows = sorted((sigmas[k], unit.index, k) for unit in self.held for sigmas in [self._sigmas(unit)] for k in chain(*self._rows(unit)))
         count = min(most, len(rows))
         chosen = [rows[int((i + 0.5) * len(rows) / count)] for i in range(count)]
         units = [by_index[index] for _, index, _ in chosen]
         return _collate([self._state(unit, k) for unit, (_, _, k) in zip(units, chosen)], units)
 
     def held_out_paths(self) -> Batch:
-        """The whole path of each held-out unit as one step, from its noise to its end."""
-        last = self.job.path_steps
+        """The student's own part of each held-out unit's path as one step: of all of it, from its noise to its end."""
         states = []
         for unit in self.held:
-            first, (end,) = self._piece(unit, 0), self._read(unit, last)
-            states.append({**first, "goal": end["x"], "following": torch.zeros(1), "v_pos": first["x"] - end["x"]})
+            first, end = self._read(unit, *(turn * self.job.substeps for turn in (self._turns.start, self._turns.stop)))
+            states.append({**first, "goal": end["x"], "following": end["sigma"], "v_pos": (end["x"] - first["x"]) / (end["sigma"] - first["sigma"]),
+                           "rolled": torch.tensor([0])})
         return _collate(states, self.held)
+
+    def sample_start(self, unit: Unit, latents: Tensor | None) -> Tensor:
+        """Where the student's own steps begin in a sample of the unit's prompt: noise, or for an expert of low noise where the other one came to."""
+        noise = torch.randn(1, *self.job.shape, generator=seeded(self.job.train_seed, "sample"))
+        if self._turns.start == 0:
+            return noise
+        if latents is None:
+            return self._read(unit, self._turns.start * self.job.substeps)[0]["x"]
+        return flow.add_noise(latents[unit.item:unit.item + 1].float(), noise, own_sigmas(self.job)[:1])
 
     def _sigmas(self, unit: Unit) -> list[float]:
         return [float(row["sigma"]) for row in self._read(unit, *range(sum(state_counts(self.job))), names=["sigma"])]
@@ -345,81 +361,6 @@ class Ahead:
 
 def _checksum(row: Tensor) -> int:
     return zlib.crc32(row.contiguous().view(-1).view(torch.uint8).numpy())
-
-
-def state_counts(job: DistillJob) -> tuple[int, int]:
-    """How many states of a unit lie on the teacher's path, and how many are re-noised; the path comes first in the file.
-
-    As many re-noised ones as the recipe's share of them asks for, so that all states are trained on equally often.
-    """
-    if job.trajectory:
-        return job.path_steps, 0
-    if job.latents:
-        return 0, job.path_steps
-    if job.grid_only:
-        return job.path_steps, 0            # it is asked what it was made to answer, and more often
-    share = min(job.recipe.renoised, MOST_RENOISED)
-    return job.path_steps, 0 if share == 0 else max(1, round(job.path_steps * share / (1 - share)))
-
-
-class _Answers:
-    """Asks the teacher at one state of a whole group at a time and remembers; then hands out one unit's rows."""
-
-    def __init__(self, job: DistillJob, teacher: Teacher, positive: Cond, negative: Cond | None) -> None:
-        self.cfg, self.teacher, self.positive, self.negative = job.cfg, teacher, positive, negative
-        kept = ("x", "sigma") if job.trajectory else ("x", "sigma", "v_pos", "v_neg") if negative else ("x", "sigma", "v_pos")
-        self.columns: dict[str, list[Tensor]] = {name: [] for name in kept}
-
-    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """x [G, C, T, H, W], sigma [G] -> the guided velocity."""
-        v_pos, v_neg = guided_pair(self.teacher, x, sigma, self.positive, self.negative)
-        self.remember(x=x, sigma=sigma, v_pos=v_pos, v_neg=v_neg)
-        return v_pos if v_neg is None else flow.guided(v_neg, v_pos, self.cfg)
-
-    def remember(self, **state: Tensor | None) -> None:
-        """Adds a column of each kind that is kept."""
-        for name, values in self.columns.items():
-            if state.get(name) is not None:
-                values.append(state[name])
-
-    def of(self, row: int) -> dict[str, Tensor]:
-        """{x, v_pos, v_neg [K, C, T, H, W], sigma [K]} of one unit."""
-        stacked = {name: torch.stack([value[row] for value in values]) for name, values in self.columns.items()}
-        return {name: value.float() if name == "sigma" else value.to(STORED) for name, value in stacked.items()}
-
-
-def _visit(job: DistillJob, group: Sequence[Unit], answers: _Answers, latents: Tensor | None) -> Iterator[None]:
-    """Takes the group along the teacher's path, then to re-noised states; yields after each forward."""
-    path, renoised = state_counts(job)
-    if latents is None:
-        noise = torch.stack([torch.randn(job.shape, generator=seeded(job.train_seed, "rollout", u.index)) for u in group])
-        walk = flow.euler_steps(answers, noise, rollout_sigmas(job))
-        for _ in range(path):
-            next(walk)
-            yield
-        x0, end, _ = next(walk)                                                      # [G, C, T, H, W]
-        if job.trajectory:
-            answers.remember(x=x0, sigma=end)
-    else:
-        x0 = torch.stack([latents[u.item].float() for u in group])
-    draws = [seeded(job.train_seed, "renoise", u.index) for u in group]
-    sigmas = torch.stack([_renoised_sigmas(job, renoised, draw) for draw in draws])                     # [G, R]
-    for k in range(renoised):
-        noise = torch.stack([torch.randn(job.shape, generator=draw) for draw in draws])
-        answers(flow.add_noise(x0, noise, sigmas[:, k]), sigmas[:, k])
-        yield
-
-
-def _renoised_sigmas(job: DistillJob, count: int, draw: torch.Generator) -> Tensor:
-    if job.grid_only:
-        grid = rollout_sigmas(job)[:-1]
-        return grid[torch.randint(len(grid), (count,), generator=draw)]
-    return flow.sample_sigma(count, job.shift, _uniform_share(job), draw)
-
-
-def _uniform_share(job: DistillJob) -> float:
-    """Of the re-noised states, so that the recipe's share of all states comes to a sigma that is drawn evenly."""
-    return min(1.0, job.recipe.full_range / (1.0 if job.latents else max(job.recipe.renoised, 1e-6)))
 
 
 def _collate(states: Sequence[dict[str, Tensor]], units: Sequence[Unit]) -> Batch:

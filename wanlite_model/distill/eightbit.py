@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from .data import seeded
+from .paths import seeded
 
 BETAS, EPS = (0.9, 0.99), 1e-8
 REACH = (1 - BETAS[0]) / ((1 - BETAS[1]) * (1 - BETAS[0] ** 2 / BETAS[1])) ** 0.5       # Cauchy-Schwarz, whatever the gradients were

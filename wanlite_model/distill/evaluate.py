@@ -10,10 +10,12 @@ from torch import Tensor
 
 from .. import flow
 from ..compress.importance import TOKENS_AT_ONCE, tokens
+from ..cond import Cond
 from ..prompts import PromptBank
 from ..transformer import WanLiteStudent
-from .data import Batch, student_sigmas
+from .data import Batch
 from .job import DistillJob
+from .paths import own_sigmas
 
 BUCKETS = 4                     # of sigma: [0, .25), [.25, .5), [.5, .75), [.75, 1]
 
@@ -23,7 +25,7 @@ class Held:
     """Held-out error of one set of weights.
 
     error: sum |v_s - v_w|^2 / sum |v_w|^2 over all states; for trajectory KD, of where the student's own steps end from the teacher's
-    noise: sum |x0_s - x0|^2 / sum |x0|^2; for distribution matching, the drift of those ends. buckets: the former per quarter of sigma (nan
+    noise: sum |x0_s - x0|^2 / sum |x0|^2 (of one of two experts, from where its side begins to where it ends); for distribution matching, the drift of those ends. buckets: the former per quarter of sigma (nan
     without a state there); closure: 1 - sum |v_s - v_w|^2 / sum |v_pos - v_w|^2, how much of the teacher's guidance is in the student (nan
     without guidance).
     """
@@ -38,24 +40,24 @@ class Held:
         return cls(**{**noted, "buckets": tuple(noted["buckets"])})
 
 
-def student_velocity(student: WanLiteStudent, x: Tensor, sigma: Tensor, context: Tensor, features: Collection[int] | None = None):
+def student_velocity(student: WanLiteStudent, x: Tensor, sigma: Tensor, cond: Cond, features: Collection[int] | None = None):
     """The student's velocity [B, C, T, H, W] in float32, in bf16 autocast on a GPU, as it will be run.
 
     features: blocks whose outputs are wanted too; then (velocity, {block: [B, N, D]}) is returned.
     """
     device = next(student.parameters()).device
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-        arguments = x.to(device), flow.TIMESTEPS * sigma.to(device), context.to(device)
-        return student(*arguments) if features is None else student(*arguments, return_features=features)
+        options = {} if features is None else {"return_features": features}
+        return cond.to(device).asked(student, x.to(device), sigma.to(device), **options)
 
 
 def guided_student_velocity(student: WanLiteStudent, x: Tensor, sigma: Tensor, prompts: PromptBank, which: tuple[int, ...],
                             job: DistillJob) -> Tensor:
     """The student's velocity as it will be sampled: at cfg 1, or with its own guidance where guidance was kept."""
-    v_pos = student_velocity(student, x, sigma, prompts.cond(which).context)
+    v_pos = student_velocity(student, x, sigma, prompts.cond(which))
     if job.student_cfg == 1:
         return v_pos
-    return flow.guided(student_velocity(student, x, sigma, prompts.negative_cond(len(x)).context), v_pos, job.student_cfg)
+    return flow.guided(student_velocity(student, x, sigma, prompts.negative_cond(which)), v_pos, job.student_cfg)
 
 
 def at_once(job: DistillJob) -> int:
@@ -70,7 +72,9 @@ def evaluate(student: WanLiteStudent, held: Batch, prompts: PromptBank, job: Dis
     held: states and what the teacher answers there. paths: noises and the ends of the teacher's paths from them, for trajectory KD.
     """
     size = at_once(job)
-    total = len(held.x) + (0 if paths is None else len(paths.x) * job.student_steps)
+    sigmas = own_sigmas(job)
+    steps = len(sigmas) - 1
+    total = len(held.x) + (0 if paths is None else len(paths.x) * steps)
     errors, scales, gaps = [], [], []
     for start in range(0, len(held.x), size):
         with torch.inference_mode(False), torch.no_grad():
@@ -84,16 +88,18 @@ def evaluate(student: WanLiteStudent, held: Batch, prompts: PromptBank, job: Dis
     found = _summary(torch.cat(errors), torch.cat(scales), torch.cat(gaps), held.sigma)
     if paths is None:
         return found
-    ends = []
+    ends, goals = [], []
     for start in range(0, len(paths.x), size):
         part = paths[start:start + size]
         end = part.x
-        for i, x in enumerate(roll(student, part.x, student_sigmas(job), prompts, part.prompts, job)):
+        for i, x in enumerate(roll(student, part.x, sigmas, prompts, part.prompts, job)):
             end = x
-            yield len(held.x) + start * job.student_steps + (i + 1) * len(part.x), total
-        ends.append(end)
-    end = torch.cat(ends)
-    error = drift(end, paths.goal) if job.matching else float((end - paths.goal).square().double().sum() / paths.goal.square().double().sum())
+            yield len(held.x) + start * steps + (i + 1) * len(part.x), total
+        cond = prompts.cond(part.prompts)
+        ends.append(cond.made(end))
+        goals.append(cond.made(part.goal))
+    end, goal = torch.cat(ends), torch.cat(goals)
+    error = drift(end, goal) if job.matching else float((end - goal).square().double().sum() / goal.square().double().sum())
     return replace(found, error=error, closure=float("nan"))
 
 
@@ -121,8 +127,22 @@ def roll(student: WanLiteStudent, noise: Tensor, sigmas: Tensor, prompts: Prompt
         with torch.inference_mode(False), torch.no_grad():
             return guided_student_velocity(student, x, sigma, prompts, which, job).cpu()
 
-    for (x, _, v), sigma, following in zip(flow.euler_steps(velocity_of, noise, sigmas), sigmas[:-1], sigmas[1:]):
+    for (x, _, v), sigma, following in zip(flow.euler_steps(velocity_of, prompts.cond(which).placed(noise), sigmas), sigmas[:-1], sigmas[1:]):
         yield flow.euler_step(x, v, sigma, following)           # a forward to each
+
+
+def draw(student: WanLiteStudent, x: Tensor, prompts: PromptBank, prompt: int, job: DistillJob) -> Generator[tuple[int, int], None, Tensor]:
+    """A sample from x [1, C, T, H, W], where the student's own steps begin. Yields (steps done, of all); returns latents [1, C, T, H, W].
+
+    Of what one of two experts leaves to the other, the clip that it then sees.
+    """
+    sigmas = own_sigmas(job)
+    for done, x in enumerate(roll(student, x, sigmas, prompts, (prompt,), job), start=1):
+        yield done, len(sigmas) - 1
+    if sigmas[-1] == 0:
+        return x
+    with torch.inference_mode(False), torch.no_grad():
+        return flow.denoised(x, guided_student_velocity(student, x, sigmas[-1:], prompts, (prompt,), job).cpu(), sigmas[-1:])
 
 
 def _summary(error: Tensor, scale: Tensor, gap: Tensor, sigma: Tensor) -> Held:

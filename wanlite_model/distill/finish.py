@@ -16,7 +16,8 @@ from ..prompts import HOLDOUT_PROMPTS, PromptBank
 from ..teacher import AbsentTeacher, Teacher, fingerprint_tensors
 from .checks import is_cut, untouched
 from .checkpoint import RunFolder, TrainState
-from .data import TeacherCache, state_counts
+from .data import TeacherCache
+from .paths import own_sigmas, own_turns, state_counts
 from .evaluate import Held
 from .events import Finished
 from .job import DistillJob
@@ -84,7 +85,7 @@ def _card(job: DistillJob, start: StudentHandle, teacher: Teacher, measured: Mea
     recipe = {name: value for name, value in asdict(job.recipe).items() if not isinstance(value, str)}
     recipe |= {"cfg": job.cfg, "fold_guidance": int(job.fold_guidance), "train_steps": state.step, "train_seed": job.train_seed,
                "rank": state.adapters.rank if state.adapters else 0, "feature_kd": int(job.recipe.objective == "velocity + features"), "user_latents": int(bool(job.latents))}
-    return card_for(teacher, start.plan, job.shape, steps=job.student_steps, cfg=job.student_cfg, recipe=recipe,
+    return card_for(teacher, start.plan, job.shape, role=job.role, steps=job.student_steps, cfg=job.student_cfg, recipe=recipe,
                     measured={"held_out_drift" if job.matching else "held_out_error": measured.best.error,
                               **({} if job.matching else {"plain_cut_error": measured.plain.error}), "best_step": state.best_step})
 
@@ -94,6 +95,14 @@ def _scheduler(job: DistillJob) -> str:
     if job.sigmas is None or torch.allclose(torch.tensor(job.sigmas), flow.schedule(job.student_steps, job.shift), atol=1e-3):
         return "simple"
     return "the SIGMAS that were connected (the saved workflow says simple)"
+
+
+def _as_expert(job: DistillJob) -> list[str]:
+    if job.role is None:
+        return []
+    turns, end = own_turns(job), job.student_steps if job.role.side == "low" else own_turns(job).stop
+    return [f"It is the expert of {job.role.side} noise: of the {job.student_steps} steps it makes {turns.start} to {end} (start_at_step and end_at_step of KSamplerAdvanced), "
+            "and the other expert, or its student, the others. Trained and measured on these alone."]
 
 
 def unasked(cache: TeacherCache, prompts: PromptBank) -> str:
@@ -116,7 +125,7 @@ def _report(job: DistillJob, measured: Measured, state: TrainState, planned: int
                 f"Measured on {held.states} states from other noise of the same prompts, since {HOLDOUT_PROMPTS} different prompts are needed "
                 "to hold whole ones out: on new prompts the error may be larger.")
     what = ("clips' brightness, contrast, sharpness and motion against those of" if job.matching else
-            "end of a clip, after its own steps, against that of" if job.trajectory else "velocity against")
+            f"{'end of a clip' if own_sigmas(job)[-1] == 0 else 'state that it hands over'}, after its own steps, against that of" if job.trajectory else "velocity against")
     other = measured.yardstick
     compared = (f"{plain.error / held.error:.1f} times below the {other}" if 0 < held.error < plain.error else
                 f"not below the {other}" if held.error else "no error is left")
@@ -129,6 +138,7 @@ def _report(job: DistillJob, measured: Measured, state: TrainState, planned: int
         f"Best of {max(state.step, state.best_step)} steps ({planned} planned) was step {state.best_step}; that one was kept.",
         f"Sample with euler, {_scheduler(job)}, {job.student_steps} steps, "
         f"cfg {job.student_cfg:g}, shift {job.shift:g}.",
+        *_as_expert(job),
     ]
     if job.fold_guidance and job.guided:
         way = ("" if job.trajectory else

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from ..errors import WanLiteError
+from ..kinds import check_kinds
+from ..roles import Role
 from .levers import LeverSettings
 
 Objective = Literal["velocity", "velocity + features", "trajectory", "distribution"]
@@ -55,6 +57,7 @@ class Recipe:
     save_every: float = 10.0
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.objective not in OBJECTIVES:
             raise WanLiteError(f"objective is {self.objective!r}.", f"WanLite knows {' and '.join(map(repr, OBJECTIVES))}.")
         if self.optimizer not in OPTIMIZERS:
@@ -74,6 +77,8 @@ class DistillJob:
     shift: the deployment shift.
     cfg: the teacher's guidance scale; with `fold_guidance` it is folded into the student, which then runs at cfg 1.
     sigmas: the path of the teacher's rollouts from 1 to 0; None is the `simple` schedule.
+    role, other: of a student that is one of two experts, its side of the boundary, and the fingerprint of the other expert; it is trained, and
+        measured, on its own side alone, while the teacher's paths run through both.
     steps: of the optimizer; 0 lets `minutes` (of the whole job) decide. With minutes 0 a run is only prepared.
     """
     student: str
@@ -86,6 +91,8 @@ class DistillJob:
     cfg: float = 5.0
     fold_guidance: bool = True
     sigmas: tuple[float, ...] | None = None
+    role: Role | None = None
+    other: str = ""
     steps: int = 0
     minutes: float = 30.0
     train_seed: int = 0
@@ -93,6 +100,7 @@ class DistillJob:
     levers: LeverSettings = field(default_factory=LeverSettings)
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         _check_ranges(self, {"cfg": (1, 100), "steps": (0, 10_000_000), "minutes": (0, 1e6), "shift": (0.01, 1000)})
         if self.trajectory and self.latents:
             raise WanLiteError(f"The LATENT holds clips, and the objective is '{self.recipe.objective}'.", "A few-step student learns from the teacher's own clips.",
@@ -100,6 +108,13 @@ class DistillJob:
         if self.trajectory and not self.fold_guidance:
             raise WanLiteError(f"The objective is '{self.recipe.objective}' and guidance is to be kept.", "A step of the teacher's guided path has guidance in it.",
                                "Choose a preset that folds guidance in.")
+        if self.role is not None and self.role.side == "low" and self.latents and self.recipe.own_states > 0:
+            raise WanLiteError("The student is the expert of low noise, the LATENT holds clips, and own_states is above 0.",
+                               "It comes to states of its own from where the teacher's path crosses the boundary, and with clips there is no path.",
+                               "Connect an empty LATENT, or set own_states to 0.")
+        if self.role is not None and self.matching:
+            raise WanLiteError("The objective is 'distribution' and the student is one of two experts.", "Distribution matching needs a student that makes whole clips.",
+                               "Choose a few-step preset's own objective.")
         if self.matching and not self.recipe.rank:
             raise WanLiteError("The objective is 'distribution' and rank is 0.", "The student and its critic are adapters over one copy of the teacher.",
                                "Set a rank, 64 for instance.")
@@ -165,11 +180,15 @@ class DistillJob:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> DistillJob:
         """Raises WanLiteError when the value was not written by to_json of this version."""
-        if set(value) != {f.name for f in fields(cls)}:
-            raise WanLiteError("The run's job.json was written by another version of WanLite.", "", "Type a new run name.")
-        sigmas = value["sigmas"]
-        return cls(**{**value, "shape": tuple(value["shape"]), "sigmas": None if sigmas is None else tuple(sigmas),
-                      "recipe": Recipe(**value["recipe"]), "levers": LeverSettings(**value["levers"])})
+        try:
+            if set(value) != {f.name for f in fields(cls)}:
+                raise TypeError("other fields")
+            sigmas = value["sigmas"]
+            role = None if value["role"] is None else Role(**value["role"])
+            return cls(**{**value, "shape": tuple(value["shape"]), "sigmas": None if sigmas is None else tuple(sigmas), "role": role,
+                          "recipe": Recipe(**value["recipe"]), "levers": LeverSettings(**value["levers"])})
+        except TypeError as error:
+            raise WanLiteError("The run's job.json was written by another version of WanLite.", "", "Type a new run name.") from error
 
 
 def differences(old: DistillJob, new: DistillJob) -> list[str]:
@@ -190,7 +209,8 @@ def differences(old: DistillJob, new: DistillJob) -> list[str]:
 
 def _flat(value: Mapping[str, Any]) -> dict[str, Any]:
     parts = {name: {f"{name}.{inner}": item for inner, item in value[name].items()} for name in ("recipe", "levers")}
-    return {**{name: item for name, item in value.items() if name not in parts}, **parts["recipe"], **parts["levers"]}
+    role = value["role"] or {"side": "one of one", "boundary": None}
+    return {**{name: item for name, item in value.items() if name not in parts}, "role": role["side"], "boundary": role["boundary"], **parts["recipe"], **parts["levers"]}
 
 
 def _check_ranges(value: Any, ranges: Mapping[str, tuple[float, float]]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from ..errors import WanLiteError
+from ..kinds import check_kinds
 
 SWAPPED = (0.25, 0.5, 0.75, 1.0)        # of the blocks
 NEEDS = {"checkpoints_on_cpu": "checkpointing", "swapped_blocks": "checkpointing", "gradient_release": "optimizer_8bit"}
@@ -52,6 +53,7 @@ class LeverSettings:
     runs_gib: float = 0.0
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         for name, needed in NEEDS.items():
             if getattr(self, needed) is False and getattr(self, name):
                 raise WanLiteError(f"{name} is on and {needed} is off.", "The one does nothing without the other.", f"Leave {needed} at auto.")

@@ -18,14 +18,16 @@ from torch import Tensor
 
 from .. import flow
 from ..compress.importance import tokens
+from ..cond import Cond
 from ..prompts import PromptBank
 from ..teacher import Teacher, guided_velocity
 from .adapters import Adapters
 from .checkpoint import TrainState
-from .data import TeacherCache, seeded, student_sigmas
+from .data import TeacherCache
 from .evaluate import roll, student_velocity
 from .job import DistillJob
 from .objectives import velocity_loss
+from .paths import seeded, student_sigmas
 
 CRITIC_UPDATES = 4              # to one of the student: it has to know the student's clips as they are now
 LEAST_SIGMA, MOST_SIGMA = 0.02, 0.98        # beyond them x_t says too little, or all
@@ -94,33 +96,34 @@ class Matching:
             summed += loss.detach()
         return summed
 
-    def _noised(self, x0: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def _noised(self, x0: Tensor, cond: Cond, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         sigma = flow.sample_sigma(len(x0), self.job.shift, self.job.recipe.full_range, draw).clamp(LEAST_SIGMA, MOST_SIGMA)
         noise = torch.randn(x0.shape, generator=draw)
-        return flow.add_noise(x0, noise, sigma), sigma, noise
+        return cond.placed(flow.add_noise(x0, noise, sigma)), sigma, noise
 
     def _critic_loss(self, clips: Clips, draw: torch.Generator) -> Tensor:
-        x, sigma, noise = self._noised(clips.visited[-1], draw)
-        target = flow.velocity(clips.visited[-1], noise).to(self.teacher.device)
-        v = student_velocity(self.state.student, x, sigma, self.prompts.cond(clips.prompts).context)
+        cond = self.prompts.cond(clips.prompts)
+        x, sigma, noise = self._noised(clips.visited[-1], cond, draw)
+        target = cond.answer(flow.velocity(clips.visited[-1], noise)).to(self.teacher.device)
+        v = student_velocity(self.state.student, x, sigma, cond)
         return velocity_loss(v, target, target.square().mean()).mean()
 
     def _student_loss(self, clips: Clips, sigma: Tensor, turn: int, draw: torch.Generator) -> Tensor:
         """One of the student's steps takes the gradient, as far as the clip is the sum of its steps; what later steps make of it is left out."""
-        context = self.prompts.cond(clips.prompts).context
+        cond = self.prompts.cond(clips.prompts)
         with torch.no_grad():
-            gradient = self._gradient(clips, context, draw).to(self.teacher.device)
-        v = student_velocity(self.state.student, clips.visited[turn], sigma.expand(len(context)), context)
+            gradient = self._gradient(clips, cond, draw).to(self.teacher.device)
+        v = student_velocity(self.state.student, clips.visited[turn], sigma.expand(len(cond)), cond)
         moved = v.detach() - v                  # zero, but for its gradient: a step goes against the velocity
         return 0.5 * (moved + gradient).square().flatten(1).mean(1).mean()
 
-    def _gradient(self, clips: Clips, context: Tensor, draw: torch.Generator) -> Tensor:
+    def _gradient(self, clips: Clips, cond: Cond, draw: torch.Generator) -> Tensor:
         """dL/dx0 [B, C, T, H, W]."""
         x0 = clips.visited[-1]
-        x, sigma, _ = self._noised(x0, draw)
-        negative = self.prompts.negative_cond(len(x)) if self.job.guided else None
-        real = flow.denoised(x, guided_velocity(self.teacher, x, sigma, self.prompts.cond(clips.prompts), negative, self.job.cfg), sigma)
+        x, sigma, _ = self._noised(x0, cond, draw)
+        negative = self.prompts.negative_cond(clips.prompts) if self.job.guided else None
+        real = flow.denoised(x, guided_velocity(self.teacher, x, sigma, cond, negative, self.job.cfg), sigma)
         with self.state.adapters.switched(False), self.critic.switched(True):
-            fake = flow.denoised(x, student_velocity(self.state.student, x, sigma, context).cpu(), sigma)
+            fake = flow.denoised(x, student_velocity(self.state.student, x, sigma, cond).cpu(), sigma)
         scale = (x0 - real).abs().flatten(1).mean(1).clamp_min(1e-6)                 # [B]
         return (fake - real) / scale.view(-1, *[1] * (x0.ndim - 1))

@@ -27,13 +27,13 @@ from ..pinned import give_back
 from ..prompts import PromptBank
 from ..teacher import Teacher
 from . import inputs
-from .asking import Asking
+from .asking import Asking, asked_of
 from .begin import beside, few_step_lora, fresh_state, online_teacher
 from .budget import GIB, SPARE, USED, Budget, Machine, asking_flops, capped, check_disk, matrix_rate, plan, spilled, step_seconds, this_machine
 from .checks import check, untouched
 from .checkpoint import RunFolder, TrainState, size_of
-from .data import Ahead, Damaged, TeacherCache, seeded, student_sigmas
-from .evaluate import Held, evaluate, roll
+from .data import Ahead, Damaged, TeacherCache
+from .evaluate import Held, draw, evaluate
 from .events import Eval, Event, Planned, Sample, Saved, Stage, Step
 from .finish import PLAIN_CUT, UNGUIDED, Measured, finished_from_disk, unasked, write_finished, yardstick_of
 from .frozen import places
@@ -56,15 +56,15 @@ FULL = 0.05                     # of a card's memory: with less of it free it ma
 
 def run(job: DistillJob, folder: Path, cache_root: Path, teacher: Teacher, student: StudentHandle, prompts: PromptBank,
         latents: Tensor | None = None, should_finish: Callable[[], bool] = lambda: False, samples: bool = False,
-        start_from: Lora | None = None, machine: Machine | None = None) -> Iterator[Event]:
+        start_from: Lora | None = None, machine: Machine | None = None, other: Teacher | None = None) -> Iterator[Event]:
     """Distils `student` from `teacher` into the run folder; teacher answers are kept under `cache_root`.
 
     latents [N, C, T, H, W] in processed space are optional training data. samples: draw one at each evaluation. start_from: a LoRA over
     the student that training begins with: its factors where adapters are trained, else it is merged first. machine: what it may take; None is
-    what is free here, or what the job's settings say. Ends with Finished. Raises WanLiteError when the job cannot start, does not fit, or when
+    what is free here, or what the job's settings say. other: where the student is one of two experts, the one that it is not. Ends with Finished. Raises WanLiteError when the job cannot start, does not fit, or when
     the folder is another job's, and when the loss is not finite.
     """
-    return Run(job, RunFolder(folder), cache_root, teacher, student, prompts, latents, should_finish, samples, start_from, machine).events()
+    return Run(job, RunFolder(folder), cache_root, teacher, student, prompts, latents, should_finish, samples, start_from, machine, other).events()
 
 
 @dataclass
@@ -81,9 +81,12 @@ class Run:
     samples: bool
     start_from: Lora | None = None
     machine: Machine | None = None
+    other: Teacher | None = None
 
     def __post_init__(self) -> None:
-        self.asking = Asking(job=self.job, root=self.cache_root, teacher=self.teacher, prompts=self.prompts, latents=self.latents)
+        self.prompts = self.prompts.fitted(self.teacher.config, self.job.shape)
+        self.asked = asked_of(self.job, self.teacher, self.other)
+        self.asking = Asking(job=self.job, root=self.cache_root, teacher=self.asked, prompts=self.prompts, latents=self.latents)
         self.length = Length(job=self.job, files=self.files, most_units=self.asking.most_units)
 
     def events(self) -> Iterator[Event]:
@@ -91,7 +94,7 @@ class Run:
         self.began, self.unbroken, self.state = time.monotonic(), True, None
         with self.files.opened(self.job):
             inputs.keep(self.files, Inputs(student=self.handle, prompts=self.prompts, latents=self.latents, start_from=self.start_from), self.teacher,
-                        self.cache_root)
+                        self.cache_root, self.other)
             if (ended := self._finished()) is not None:
                 yield ended
                 return
@@ -143,7 +146,7 @@ class Run:
         """The job, to its end; False when the device ran out of memory. What was not saved then is lost, and nothing is left on the device."""
         levers = self.budget.rungs[0]
         self.files.note("levers", asdict(levers))
-        self.teacher.release(self._room())
+        self.asked.release(self._room())
         try:
             with capped(self.teacher.device, self.budget.machine):
                 yield from self._train_with(levers)
@@ -249,7 +252,7 @@ class Run:
         damaged.path.unlink(missing_ok=True)
         yield from self.asking.fill(self.cache)
         if self.state is None or self.online is not self.teacher:
-            self.teacher.release()
+            self.asked.release()
 
     @trains
     def _fresh_state(self, levers: Levers = Levers()) -> TrainState:
@@ -438,8 +441,12 @@ class Run:
 
     def _draw(self) -> Generator[Event, None, Tensor]:
         """A sample of the first held-out prompt as the student will be used: latents [1, C, T, H, W]."""
-        which = (self.cache.held[0].prompt,)
-        x = noise = torch.randn(1, *self.job.shape, generator=seeded(self.job.train_seed, "sample"))
-        for done, x in enumerate(roll(self.state.student, noise, student_sigmas(self.job), self.prompts, which, self.job), start=1):
-            yield Stage(name="drawing a sample", done=done, total=self.job.student_steps)
-        return x
+        unit = self.cache.held[0]
+        x = yield from self._read(lambda: self.cache.sample_start(unit, self.latents))
+        drawing = draw(self.state.student, x, self.prompts, unit.prompt, self.job)
+        while True:
+            try:
+                done, total = next(drawing)
+            except StopIteration as end:
+                return end.value
+            yield Stage(name="drawing a sample", done=done, total=total)
