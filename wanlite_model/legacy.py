@@ -5,15 +5,67 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from .config import HEAD_DIM, MODEL_TYPES, PATCH, TEXT_DIM, TEXT_LEN, WanConfig, check_width
+from .config import HEAD_DIM, MODEL_TYPES, MOST, PATCH, TEXT_DIM, TEXT_LEN, WanConfig, check_width
 from .errors import WanLiteError
+from .files import read_json
 
 log = logging.getLogger(__name__)
 
 LEGACY_ARGUMENTS = ("teacher_checkpoint_path", "device", "distributed", "use_gradient_checkpointing")
 VAE_CHANNELS = (16, 48)                 # latent channels of WAN 2.1's and of TI2V-5B's VAE
+CONFIGS = ("student_config.json", "config.json")                            # what a predecessor called its config,
+WEIGHTS = ("diffusion_model.safetensors", "diffusion_pytorch_model.safetensors")        # and its weights
+
+# What each field of a predecessor means in a genuine WAN where nothing of it has to change.
+MEANINGS = {
+    "model_type": "is the kind of WAN.",
+    "hidden_size": "is the width.",
+    "depth": "is the number of blocks.",
+    "num_heads": f"is one head for every {HEAD_DIM} of width, as in every WAN.",
+    "num_channels": "is the channels of the VAE's latents.",
+    "image_size": "is no part of a WAN: the LATENT that is connected says the size.",
+    "patch_size": "is WAN's patch.",
+    "text_max_length": "is WAN's number of text tokens.",
+    "text_encoder_output_dim": "is the width of WAN's text encoder.",
+    "projection_factor": "asks for nothing: a WAN has no projection layer.",
+    "ffn_dim": "is the width of the FFN.",
+}
+
+
+class Source(NamedTuple):
+    """A released WAN that students are cut from."""
+    name: str
+    width: int
+    blocks: int
+    ffn_dim: int
+    channels: int
+
+
+SOURCES = (Source("WAN 2.1 1.3B", 1536, 30, 8960, 16), Source("WAN 2.1 14B", 5120, 40, 13824, 16), Source("WAN 2.2 TI2V-5B", 3072, 30, 14336, 48))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A predecessor's config read as a recipe. lines: a sentence a field. config: the genuine WAN of that size, None where it is not told."""
+    lines: tuple[str, ...]
+    config: WanConfig | None
+
+    def steps(self) -> str:
+        """What to set in WanLite Create Student. The width is the teacher's, so depth and the FFN's share of the width are what can be had."""
+        if self.config is None:
+            return "Create a new student from a WAN teacher with WanLite Create Student."
+        ours = self.config
+        source = min((source for source in SOURCES if source.channels == ours.out_dim), key=lambda source: abs(source.width - ours.dim))
+        ffn_dim = ours.ffn_dim * source.width // ours.dim
+        depth = f"depth={ours.num_layers}" if ours.num_layers <= source.blocks else f"depth={source.blocks} (all it has)"
+        neurons = f"ffn_dim={ffn_dim} (as many for its width)" if ffn_dim <= source.ffn_dim else f"ffn_dim={source.ffn_dim} (all it has)"
+        why = "the same" if source.width == ours.dim else "the nearest, since a cut takes blocks and neurons away and never changes the width"
+        return (f"Create a new student: connect {source.name}, whose width is {source.width} ({why}), to WanLite Create Student and set preset=custom, {depth}, "
+                f"{neurons}.")
 
 
 def check_keywords(*, model_type: str, hidden_size: int, depth: int, num_heads: int | None, num_channels: int, patch_size: Any,
@@ -59,7 +111,7 @@ def translate(given: Mapping[str, Any], accepted: tuple[str, ...], default_width
     if fields.get("model_type", "t2v") not in MODEL_TYPES:
         replace("model_type", "t2v", "is read as 't2v', the WAN it stands for.")
     width = fields.get("hidden_size")
-    if isinstance(width, int) and width > 0 and width % HEAD_DIM:
+    if isinstance(width, int) and 0 < width <= MOST["dim"] and width % HEAD_DIM:
         near = max(HEAD_DIM, (width + HEAD_DIM // 2) // HEAD_DIM * HEAD_DIM)
         replace("hidden_size", near, f"is read as {near}: ComfyUI opens multiples of {HEAD_DIM} only.")
     width = fields.get("hidden_size", default_width)
@@ -73,6 +125,35 @@ def translate(given: Mapping[str, Any], accepted: tuple[str, ...], default_width
         if fields.get(name, only) != only:
             replace(name, only, f"is read as {only}, which every WAN has.")
     return fields, legacy, notes
+
+
+def recipe_of(given: Mapping[str, Any]) -> Recipe | None:
+    """What a predecessor's config asks for, field by field, in WAN's terms; None for any other config. Nothing of it is read as an error."""
+    if "projection_factor" not in given or given.get("_class_name") == "WanModel":
+        return None
+    given = {**given, **{name: None for name in ("hidden_size", "depth") if name not in given}}
+    fields, legacy, notes = translate(given, tuple(MEANINGS), SOURCES[0].width)
+    unusable = {name: f"{name}={fields[name]!r} is no whole number of at least 1: no WAN can be built of it." for name in ("hidden_size", "depth", "ffn_dim")
+                if name in fields and (type(fields[name]) is not int or fields[name] < 1)}
+    told = {**{name: f"{name}={value!r} {MEANINGS.get(name, '')}" for name, value in given.items()}, **dict(zip(legacy, notes)), **unusable}
+    config = None
+    if not unusable:
+        width, channels = fields["hidden_size"], fields.get("num_channels", VAE_CHANNELS[0])
+        config = WanConfig(dim=width, num_layers=fields["depth"], ffn_dim=fields.get("ffn_dim", 4 * width), in_dim=channels, out_dim=channels)
+    return Recipe(lines=tuple(line for name, line in told.items() if not name.startswith("_")), config=config)
+
+
+def read_recipe(folder: Path) -> Recipe | None:
+    """The recipe in a folder that a predecessor wrote, with weights or without; None where there is none."""
+    for name in CONFIGS:
+        try:
+            fields = read_json(folder / name)
+        except (OSError, ValueError):
+            continue
+        recipe = recipe_of(fields) if isinstance(fields, dict) else None
+        if recipe:
+            return recipe
+    return None
 
 
 def accepts_legacy(init: Callable[..., None]) -> Callable[..., None]:

@@ -1,5 +1,6 @@
 """Creating a student: on disk at once or not at all, the same request once, and a report that says what was measured."""
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from wanlite_model.compress.handle import StudentHandle
 from wanlite_model.compress.plan import CompressionPlan
 from wanlite_model.compress.walk import Walk
 from wanlite_model.errors import WanLiteError
+from wanlite_model.formats.neurons import from_mask
 from wanlite_model.transformer import WanLiteStudent
 
 
@@ -38,7 +40,7 @@ def test_a_start_is_written_whole_and_says_what_it_is(tmp_path):
     handle, report = result_of(create(tmp_path, teacher, depth=5, ffn_dim=40))
     assert files(tmp_path)[0] == handle.fingerprint and handle.file.is_file()
     assert handle.config == teacher.config.resized(num_layers=5, ffn_dim=40)
-    assert handle.plan == CompressionPlan(keep=(0, 1, 2, 4, 5), ffn_dim=40, method="spaced", teacher_layers=6, teacher_ffn_dim=64)
+    assert replace(handle.plan, ffn_kept=()) == CompressionPlan(keep=(0, 1, 2, 4, 5), ffn_dim=40, method="spaced", teacher_layers=6, teacher_ffn_dim=64)
     student = WanLiteStudent.from_pretrained(handle.folder)
     assert f"{student.num_parameters() / 1e6:.2f} million" in report and f"{teacher.module.num_parameters() / 1e6:.2f} million" in report
     assert "0-2,4-5" in report and "40 of 64" in report
@@ -202,10 +204,23 @@ def test_a_handle_survives_json_and_is_read_off_a_saved_student(tmp_path):
     handle, _ = result_of(create(tmp_path, ffn_dim=48))
     assert StudentHandle.from_json(json.loads(json.dumps(handle.to_json()))) == handle
     found = StudentHandle.of(handle.file.parent)
-    assert (found.config, found.card, found.plan.keep, found.plan.teacher_layers, found.plan.teacher_ffn_dim) == (
-        handle.config, handle.card, handle.plan.keep, 4, 64)
+    assert (found.config, found.card, found.plan.keep, found.plan.teacher_layers, found.plan.teacher_ffn_dim, found.plan.ffn_kept) == (
+        handle.config, handle.card, handle.plan.keep, 4, 64, handle.plan.ffn_kept)
+    assert StudentHandle.of(handle.file).plan == found.plan
     with pytest.raises(WanLiteError, match="cannot be read"):
         StudentHandle.from_json({"folder": "x"})
+
+
+def test_a_student_says_which_neurons_it_kept(tmp_path):
+    teacher = tiny()
+    handle, _ = result_of(create(tmp_path, teacher, ffn_dim=48))
+    own = teacher.module.state_dict()
+    with handle.open() as source:
+        for j, (block, mask) in enumerate(zip(handle.plan.keep, handle.plan.ffn_kept, strict=True)):
+            kept = list(from_mask(mask))
+            assert len(kept) == 48 and torch.equal(source.source.tensor(f"blocks.{j}.ffn.0.weight"), own[f"blocks.{block}.ffn.0.weight"][kept])
+    assert len(handle.plan.ffn_kept[0]) == 12           # 64 bits
+    assert result_of(create(tmp_path, teacher, method="interleaved"))[0].plan.ffn_kept == ()
 
 
 def test_a_handle_of_any_wan_is_its_own_teacher(tmp_path):

@@ -1,4 +1,5 @@
 """Keep-maps and plans: what they are, and what they refuse."""
+import json
 from itertools import pairwise
 
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from wanlite_model.compress.plan import CompressionPlan, format_keep_map, interleaved, parse_keep_map, protected
 from wanlite_model.config import WanConfig
 from wanlite_model.errors import WanLiteError
+from wanlite_model.formats.neurons import from_mask, to_mask
 
 
 def plan(**changes):
@@ -65,6 +67,21 @@ def test_a_plan_the_teacher_cannot_fill_is_refused(changes, sentence):
     with pytest.raises(WanLiteError) as error:
         plan(**changes)
     assert sentence in str(error.value)
+
+
+def test_which_neurons_were_kept_is_a_bit_each_and_survives_json():
+    masks = tuple(to_mask(range(j, j + 64), 96) for j in (0, 1, 32))
+    assert [from_mask(mask) for mask in masks] == [tuple(range(j, j + 64)) for j in (0, 1, 32)] and {len(mask) for mask in masks} == {16}
+    assert CompressionPlan.from_json(json.loads(json.dumps(plan(ffn_kept=masks).to_json()))) == plan(ffn_kept=masks)
+
+
+@pytest.mark.parametrize("masks, sentence", [
+    ([range(64)] * 2, "does not fit them"), ([range(63)] * 3, "does not fit them"), ([range(64), range(64), range(33, 97)], "does not fit them"),
+    (["me@home"] * 3, "cannot be read"), (["A"] * 3, "cannot be read"), ([3] * 3, "must be a list of text"),
+])
+def test_a_note_of_neurons_that_the_blocks_do_not_have_is_refused(masks, sentence):
+    with pytest.raises(WanLiteError, match=sentence):
+        plan(ffn_kept=tuple(to_mask(mask, 104) if isinstance(mask, range) else mask for mask in masks))
 
 
 def test_a_plan_of_another_version_is_refused():

@@ -81,6 +81,12 @@ def test_stacked_loras_add_what_each_adds():
     ({f"diffusion_model.{LAYER}.lora_A.weight": DOWN}, "only a part"),
     ({"lora_te1_text_model.lora_down.weight": DOWN}, "no LoRA for a WAN"),
     ({}, "no LoRA for a WAN"),
+    ({f"{LAYER}.lora_A.weight": DOWN, f"{LAYER}.lora_B.weight": UP, f"transformer.{LAYER}.lora_down.weight": DOWN * 2}, "twice, under two names"),
+    ({f"{LAYER}.diff_b": torch.ones(128), f"transformer.{LAYER}.diff_b": torch.ones(128)}, "twice, under two names"),
+    ({f"{LAYER}.lora_A.weight": DOWN[:0], f"{LAYER}.lora_B.weight": UP[:, :0]}, "changes blocks.1.cross_attn.q by"),
+    ({f"{LAYER}.lora_A.weight": DOWN.to(torch.complex64), f"{LAYER}.lora_B.weight": UP}, "by complex64 values"),
+    ({f"{LAYER}.lora_A.weight": DOWN, f"{LAYER}.lora_B.weight": UP, f"{LAYER}.alpha": torch.ones(3)}, "an alpha .* that is no number"),
+    ({f"{LAYER}.lora_A.weight": DOWN, f"{LAYER}.lora_B.weight": UP, f"{LAYER}.alpha": torch.tensor(float("nan"))}, "an alpha .* that is no number"),
 ])
 def test_other_loras_are_refused_in_a_sentence(tmp_path, tensors, words):
     save_file(tensors, tmp_path / "a.safetensors")

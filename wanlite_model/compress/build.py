@@ -18,12 +18,14 @@ from torch import Tensor
 
 from ..config import WanConfig
 from ..errors import WanLiteError
+from ..experts import Other
 from ..files import patiently, read_json, write_json
 from ..formats.card import StudentCard
 from ..formats.keymap import wan_size
 from ..formats.read import open_wan
 from ..formats.write import write_student
 from ..prompts import PromptBank
+from ..roles import Role
 from ..teacher import ModuleTeacher, Teacher
 from ..transformer import WanLiteStudent
 from .apply import plain_cut, start_student
@@ -101,13 +103,14 @@ class Request:
 
 def create_student(teacher: Teacher, prompts: PromptBank | None, shape: tuple[int, int, int, int], *, depth: int | None = None,
                    ffn_dim: int | None = None, keep: tuple[int, ...] | None = None, method: Method = "spaced", refit: Refit = "none",
-                   block_steps: int = 0, seed: int = 0, cfg: float = 5.0, folder: Path) -> Generator[Progress, None, Built]:
+                   block_steps: int = 0, seed: int = 0, cfg: float = 5.0, other: Other | None = None, folder: Path) -> Generator[Progress, None, Built]:
     """Writes the start under folder/<fingerprint>, or finds it there; returns its handle and a report in plain words.
 
     shape: (C, T, H, W) of the videos it is meant for. depth, ffn_dim: None keeps the teacher's. Without prompts nothing is
     measured, so only interleaved or given blocks at full FFN width can be had, as they are. refit: how what the removed blocks added is
     folded into the block after each gap (see gaps.py). block_steps: steps for which, after that, each block from the first gap on is
-    trained by itself to hand on what the removed ones did (see blockwise.py). Closing it at any yield leaves no file.
+    trained by itself to hand on what the removed ones did (see blockwise.py). other: the other one of two experts; the student is then judged on
+    its own side of the boundary alone. Closing it at any yield leaves no file.
     Raises WanLiteError before any work when the request cannot be met.
     """
     request = Request.checked(teacher.config, depth, ffn_dim, keep, method, refit, block_steps)
@@ -115,15 +118,17 @@ def create_student(teacher: Teacher, prompts: PromptBank | None, shape: tuple[in
     _check_prompts(request, teacher.config, prompts)
     if measures:
         check_shape(teacher, shape)
+        prompts = prompts.fitted(teacher.config, shape)
     probing = {"prompts": prompts.fingerprint, "shape": list(shape), "seed": seed, "cfg": cfg} if measures else None
-    fingerprint = start_fingerprint(teacher, request, probing)
+    role = {} if other is None else {"role": asdict(other.role), "other": other.teacher.fingerprint}
+    fingerprint = start_fingerprint(teacher, request, probing, role)
     if (found := _read(folder / fingerprint)) is not None:
         return found
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))       # beside: in the folder there is nothing but starts
     yield from _taken(lock)
     try:
-        return _read(folder / fingerprint) or (yield from _make(teacher, prompts, shape, request, measures, fingerprint, seed=seed, cfg=cfg, folder=folder))
+        return _read(folder / fingerprint) or (yield from _make(teacher, prompts, shape, request, measures, fingerprint, seed=seed, cfg=cfg, other=other, folder=folder))
     finally:
         lock.release()
 
@@ -139,17 +144,20 @@ def _taken(lock: FileLock) -> Generator[Progress, None, None]:
 
 
 def _make(teacher: Teacher, prompts: PromptBank | None, shape: tuple[int, int, int, int], request: Request, measures: bool, fingerprint: str, *,
-          seed: int, cfg: float, folder: Path) -> Generator[Progress, None, Built]:
+          seed: int, cfg: float, other: Other | None, folder: Path) -> Generator[Progress, None, Built]:
     """Chooses, refits, measures and writes."""
     probe = None
+    asked, role = (teacher, None) if other is None else (other.beside(teacher), other.role)
     if measures:
-        probe = yield from make_probe(teacher, prompts, shape, seed=seed, count=_states(teacher.config, request, shape) + HELD_OUT, cfg=cfg)
+        probe = yield from make_probe(asked, prompts, shape, seed=seed, count=_states(teacher.config, request, shape) + HELD_OUT, cfg=cfg, role=role)
+        if other is not None:
+            other.teacher.release()
     with _staging(folder, fingerprint) as staging:
         plan, choice, cuts = yield from _choose(teacher, request, None if probe is None else probe[:-HELD_OUT], staging)
         healed = None
         if request.block_steps or request.refit != "none" and plan.after_gaps:
             try:
-                healed = yield from _heal(teacher, prompts, shape, plan, cuts, request, staging, seed=seed, cfg=cfg)
+                healed = yield from _heal(teacher, prompts, shape, plan, cuts, request, staging, seed=seed, cfg=cfg, other=other)
             except torch.cuda.OutOfMemoryError as error:
                 raise WanLiteError("This card's memory is too small to refit or train blocks at this size.", "", "Close what else uses the card, or lower the "
                                    "frames or the size of the LATENT that is connected here: the student can be distilled and sampled at another.") from error
@@ -158,14 +166,14 @@ def _make(teacher: Teacher, prompts: PromptBank | None, shape: tuple[int, int, i
         if probe is not None:
             measured = yield from _measure(teacher, plan, weights, probe[-HELD_OUT:], measured)
         yield Progress(stage="Writing the start", done=0, total=1)
-        card = card_for(teacher, plan, shape, cfg=cfg, measured={} if measured.error is None else
+        card = card_for(teacher, plan, shape, cfg=cfg, role=role, measured={} if measured.error is None else
                         {"start_error": measured.error, "plain_cut_error": measured.plain_cut})
         return _write(folder / fingerprint, staging / fingerprint, teacher, weights, card, measured)
 
 
-def start_fingerprint(teacher: Teacher, request: Request, probing: Mapping[str, Any] | None) -> str:
+def start_fingerprint(teacher: Teacher, request: Request, probing: Mapping[str, Any] | None, role: Mapping[str, Any] = {}) -> str:
     """A hash of everything that decides the start and its report."""
-    told = {"version": VERSION, "teacher": teacher.fingerprint, "shift": teacher.shift, "request": asdict(request), "probe": probing}
+    told = {"version": VERSION, "teacher": teacher.fingerprint, "shift": teacher.shift, "request": asdict(request), "probe": probing, **role}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -205,6 +213,7 @@ def _choose(teacher: Teacher, request: Request, probe: Probe | None, staging: Pa
     cuts = None
     if plan.ffn_dim < config.ffn_dim:
         cuts = yield from cut_ffn(teacher, probe, plan.keep, plan.ffn_dim, Shelf(staging / "ffn"))
+        plan = replace(plan, ffn_kept=cuts.masks(config.ffn_dim))
     return plan, choice, cuts
 
 
@@ -229,12 +238,15 @@ class _Weights:
 
 
 def _heal(teacher: Teacher, prompts: PromptBank, shape: tuple[int, int, int, int], plan: CompressionPlan, cuts: Cuts | None,
-          request: Request, staging: Path, *, seed: int, cfg: float) -> Generator[Progress, None, Shelf]:
+          request: Request, staging: Path, *, seed: int, cfg: float, other: Other | None) -> Generator[Progress, None, Shelf]:
     """What tensors of the start became, by their names. The cut is written first and read block by block: a 14B is never in memory as a whole."""
     size = KEPT.itemsize * tokens(shape) * teacher.config.dim
     count = max(LEAST_HEALING, min(MOST_HEALING, MEMORY // size))
     each = next((n for n in (ROLLOUT_STEPS, 4, 2) if count >= 2 * n * HEALING_ROLLOUTS), 1)
-    probe = yield from make_probe(teacher, prompts, shape, seed=seed + 1, count=count, cfg=cfg, each=each, renoised=each)
+    asked, role = (teacher, None) if other is None else (other.beside(teacher), other.role)
+    probe = yield from make_probe(asked, prompts, shape, seed=seed + 1, count=count, cfg=cfg, each=each, renoised=each, role=role)
+    if other is not None:
+        other.teacher.release()
     yield Progress(stage="Writing the cut", done=0, total=1)
     config = plan.student_config(teacher.config)
     written = write_student(staging / "cut", config=config, tensors=_Weights(teacher, plan, cuts)())
@@ -294,7 +306,7 @@ def _loaded(weights: Iterator[tuple[str, Tensor]], config: WanConfig, teacher: T
 
 
 def card_for(teacher: Teacher, plan: CompressionPlan, shape: tuple[int, int, int, int], *, recipe: Mapping[str, float] = {},
-             **settings: Any) -> StudentCard:
+             role: Role | None = None, **settings: Any) -> StudentCard:
     """What a student of this teacher says of itself, made for videos of latent shape (C, T, H, W); settings: other fields of the card."""
     config = teacher.config
     _, frames, rows, columns = shape
@@ -302,8 +314,9 @@ def card_for(teacher: Teacher, plan: CompressionPlan, shape: tuple[int, int, int
     return StudentCard(
         shift=teacher.shift, size=(columns * scale, rows * scale, 4 * (frames - 1) + 1),
         teacher=f"{config.model_type}, {config.num_layers} blocks of {config.dim}, FFN {config.ffn_dim}",
-        teacher_fingerprint=teacher.fingerprint, keep=plan.keep, ffn_dim=plan.ffn_dim,
-        recipe={"teacher_layers": config.num_layers, "teacher_ffn_dim": config.ffn_dim, **recipe}, **settings)
+        teacher_fingerprint=teacher.fingerprint, keep=plan.keep, ffn_dim=plan.ffn_dim, ffn_kept=plan.ffn_kept,
+        **({} if role is None else {"expert": role.side, "boundary": role.boundary}),
+        recipe={"teacher_layers": plan.teacher_layers, "teacher_ffn_dim": plan.teacher_ffn_dim, **recipe}, **settings)
 
 
 @contextmanager
@@ -328,7 +341,7 @@ def _write(place: Path, new: Path, teacher: Teacher, weights: _Weights, card: St
                            same_as=teacher.fingerprint if plan.prunes_nothing else "")
     write_json(written.path / NOTE, {"handle": {**handle.to_json(), "folder": ""}, "report": report, "bytes": written.file.stat().st_size})
     if place.exists():                              # damaged: _read refused it
-        shutil.rmtree(place)
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
     patiently(os.rename, written.path, place)
     return handle, report
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WanLiteError
+from ..formats.neurons import to_mask
 from ..teacher import Teacher
 from .importance import Probe, answers
 from .plan import Progress, check_ffn_dim
@@ -41,6 +42,10 @@ class Cuts(Mapping[int, FfnCut]):
 
     def __getitem__(self, block: int) -> FfnCut:
         return FfnCut(**{leaf: self._shelf[f"blocks.{block}.ffn.2.{leaf}"] for leaf in ("kept", "weight", "bias")})
+
+    def masks(self, total: int) -> tuple[str, ...]:
+        """Of each block, which of its `total` neurons stay (see formats/neurons.py)."""
+        return tuple(to_mask(self._shelf[f"blocks.{block}.ffn.2.kept"].tolist(), total) for block in self._blocks)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._blocks)

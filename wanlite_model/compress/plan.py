@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from ..config import WanConfig
+from ..config import MOST, WanConfig
 from ..errors import WanLiteError
+from ..formats.neurons import from_mask
+from ..kinds import check_kinds
 
 Method = Literal["interleaved", "greedy", "spaced", "influence", "given"]
 METHODS: tuple[Method, ...] = ("interleaved", "greedy", "spaced", "influence", "given")
@@ -28,6 +30,7 @@ class Progress:
 class CompressionPlan:
     """Student block j is teacher block keep[j]; every block keeps `ffn_dim` FFN neurons. `method`: how the blocks were chosen.
 
+    ffn_kept: of each student block, which of the teacher's neurons they are (see formats/neurons.py); empty where all are, or nobody noted it.
     Raises WanLiteError on a plan that the teacher cannot fill.
     """
     keep: tuple[int, ...]
@@ -35,12 +38,17 @@ class CompressionPlan:
     method: Method
     teacher_layers: int
     teacher_ffn_dim: int
+    ffn_kept: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise WanLiteError(f"The method is {self.method!r}.", f"WanLite knows {', '.join(METHODS)}.")
+        check_kinds(self)
+        if self.teacher_layers > MOST["num_layers"]:
+            raise WanLiteError(f"The teacher is said to have {self.teacher_layers} blocks.", f"No WAN has more than {MOST['num_layers']}.")
         check_keep(self.keep, self.teacher_layers)
         check_ffn_dim(self.ffn_dim, self.teacher_ffn_dim)
+        _check_kept(self)
 
     @property
     def prunes_nothing(self) -> bool:
@@ -60,15 +68,15 @@ class CompressionPlan:
         return teacher.resized(num_layers=len(self.keep), ffn_dim=self.ffn_dim)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "keep": list(self.keep)}
+        return {**asdict(self), "keep": list(self.keep), "ffn_kept": list(self.ffn_kept)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> CompressionPlan:
         """Raises WanLiteError when the value is not one that to_json wrote."""
         names = [f.name for f in fields(cls)]
-        if set(value) != set(names) or not isinstance(value["keep"], (list, tuple)):
+        if set(value) != set(names) or not all(isinstance(value[name], (list, tuple)) for name in ("keep", "ffn_kept")):
             raise WanLiteError(f"A compression plan has {', '.join(map(str, value)) or 'no fields'}.", f"It must have {', '.join(names)}.")
-        return cls(**{**value, "keep": tuple(value["keep"])})
+        return cls(**{**value, "keep": tuple(value["keep"]), "ffn_kept": tuple(value["ffn_kept"])})
 
 
 def protected(num_layers: int, depth: int) -> frozenset[int]:
@@ -129,6 +137,14 @@ def check_keep(keep: tuple[int, ...], num_layers: int) -> None:
         if after <= before:
             raise WanLiteError(f"The keep-map has block {after} after block {before}.",
                                "Blocks keep the teacher's order, each once.", f"Write {before} and {after} in rising order, once.")
+
+
+def _check_kept(plan: CompressionPlan) -> None:
+    """Raises WanLiteError unless it names as many of the teacher's neurons as each block keeps, or none."""
+    named = [from_mask(mask) for mask in plan.ffn_kept]
+    if named and ([len(neurons) for neurons in named] != [plan.ffn_dim] * len(plan.keep) or max(map(max, named)) >= plan.teacher_ffn_dim):
+        raise WanLiteError("The note of which FFN neurons the blocks kept does not fit them.",
+                           f"Each of the {len(plan.keep)} blocks keeps {plan.ffn_dim} of {plan.teacher_ffn_dim}.")
 
 
 def format_keep_map(keep: tuple[int, ...]) -> str:

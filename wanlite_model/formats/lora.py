@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import logging
-import re
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,17 +14,15 @@ from torch import Tensor
 
 from ..config import WanConfig
 from ..errors import WanLiteError
-from ..files import replace_file
+from ..files import regular, replace_file
 from .card import PREFIX, StudentCard
-from .container import Writer
-from .keymap import ALL_ROWS, key_map, wan_shapes
+from .container import NAMES, Writer
+from .keymap import wan_shapes
+from .lora_keys import spellings, split, stock_key
+from .lora_parts import kind
 
 log = logging.getLogger(__name__)
 
-STOCK = "diffusion_model."
-PREFIXES = (STOCK, "base_model.model.", "transformer.", "model.")
-KOHYA = "lora_unet_"
-LEAVES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up"}
 CHOOSE = "Choose a LoRA that was made for this WAN."
 
 
@@ -34,6 +32,11 @@ class Factors:
     down: Tensor
     up: Tensor
     scale: float
+
+    def __post_init__(self) -> None:
+        if self.down.ndim != 2 or self.up.ndim != 2 or self.up.shape[1] != len(self.down) or not len(self.down) or not math.isfinite(self.scale):
+            raise WanLiteError(f"A LoRA has factors {list(self.down.shape)} and {list(self.up.shape)} with the scale {self.scale}.",
+                               "They share a rank of at least 1, and the scale is a number.", "Download or copy the file again.")
 
     def delta(self) -> Tensor:
         """[out, in] in fp32."""
@@ -85,29 +88,35 @@ def read_lora(path: Path, config: WanConfig) -> Lora:
     keys that are not understood.
     """
     try:
-        with safe_open(path, "pt") as stored:
+        with safe_open(regular(path), "pt") as stored:
             found = {key: stored.get_tensor(key) for key in stored.keys()}
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise WanLiteError(f"{path.name} is not a whole safetensors file ({error}).", "", "Download or copy the file again.") from error
     shapes = wan_shapes(config)
-    names = _spellings(config)
+    names = spellings(config.num_layers)
     parts: dict[str, dict[str, Tensor]] = {}
     diffs: dict[str, Tensor] = {}
     strange: list[str] = []
     frozen: list[str] = []          # ComfyUI's loader passes over them too, so a student with them would not be what it samples
     for key, tensor in found.items():
-        layer, leaf = _split(key, names)
-        if layer is None:
-            strange.append(key)
-        elif layer.endswith("modulation"):
+        layer, leaf = split(key, names)
+        if tensor.dtype not in NAMES or not tensor.is_floating_point() and leaf != "alpha":
+            raise WanLiteError(f"{path.name} changes {key} by {str(tensor.dtype)[6:]} values.", "A LoRA's are floating-point numbers.", CHOOSE)
+        if layer in shapes and layer.endswith("modulation"):
             frozen.append(layer)
+        elif f"{layer}.weight" not in shapes:
+            strange.append(key)
         elif leaf in ("diff", "diff_b"):
-            name = layer if leaf == "diff" and layer in shapes else layer + (".weight" if leaf == "diff" else ".bias")
+            name = layer + (".weight" if leaf == "diff" else ".bias")
             if shapes.get(name) != tuple(tensor.shape):
                 raise _other(path, key, tensor, shapes.get(name))
+            if name in diffs:
+                raise _twice(path, name)
             diffs[name] = tensor
+        elif leaf in parts.setdefault(layer, {}):
+            raise _twice(path, layer)
         else:
-            parts.setdefault(layer, {})[leaf] = tensor
+            parts[layer][leaf] = tensor
     if frozen:
         log.info("WanLite: %s changes %s and %d more, which ComfyUI does not apply and WanLite leaves out.", path.name, frozen[0], len(frozen) - 1)
     factors = {layer: _factors(path, layer, part, shapes[f"{layer}.weight"]) for layer, part in parts.items()}
@@ -121,11 +130,11 @@ def write_lora(path: Path, lora: Lora, *, dtype: torch.dtype = torch.bfloat16, c
     """Writes the file under the keys that ComfyUI's loader takes, at once; returns its bytes. The scale travels as alpha (alpha / rank)."""
     tensors: dict[str, Tensor] = {}
     for layer, found in lora.factors.items():
-        tensors |= {f"{STOCK}{layer}.lora_A.weight": found.down, f"{STOCK}{layer}.lora_B.weight": found.up,
-                    f"{STOCK}{layer}.alpha": torch.tensor(found.scale * len(found.down))}
+        parts = {"down": found.down, "up": found.up, "alpha": torch.tensor(found.scale * len(found.down))}
+        tensors |= {stock_key(layer, part): value for part, value in parts.items()}
     for name, diff in lora.diffs.items():
         layer, _, leaf = name.rpartition(".")
-        tensors[f"{STOCK}{layer}.diff_b" if leaf == "bias" else f"{STOCK}{layer}.diff"] = diff
+        tensors[stock_key(layer, "diff_b" if leaf == "bias" else "diff")] = diff
     metadata = {"format": "pt", **(card.to_metadata() if card else {PREFIX + "lora": json.dumps(True)})}
 
     def write(temporary: Path) -> None:
@@ -137,35 +146,26 @@ def write_lora(path: Path, lora: Lora, *, dtype: torch.dtype = torch.bfloat16, c
     return path.stat().st_size
 
 
-def _spellings(config: WanConfig) -> dict[str, str]:
-    """{a layer's or tensor's path as some tool spells it: WAN's}."""
-    known = key_map("diffusers", "wan", config.num_layers, ALL_ROWS)
-    paths = {name.removesuffix(leaf): name.removesuffix(leaf) for name in wan_shapes(config) for leaf in (".weight", ".bias")
-             if name.endswith(leaf)} | {name: name for name in wan_shapes(config) if name.endswith("modulation")}
-    paths |= {theirs.rpartition(".")[0]: ours.rpartition(".")[0] for theirs, ours in known.items() if ours.rpartition(".")[0] in paths}
-    return paths | {path.replace(".", "_"): ours for path, ours in paths.items()}
-
-
-def _split(key: str, names: Mapping[str, str]) -> tuple[str | None, str]:
-    """(WAN's layer, "down" / "up" / "alpha" / "diff" / "diff_b" / "diff_m"), or (None, "") for a key that is not understood."""
-    match = re.fullmatch(r"(.+?)\.(?:(lora_A|lora_B|lora_down|lora_up)(?:\.default)?(?:\.weight)?|(alpha|diff|diff_b|diff_m))", key)
-    if match is None:
-        return None, ""
-    path = match[1].removeprefix(KOHYA)
-    for prefix in PREFIXES:
-        path = path.removeprefix(prefix)
-    if match[3] == "diff_m":                # some speed LoRAs have it for the modulation of this block
-        path += ".modulation" if path + ".modulation" in names else "_modulation"
-    return names.get(path), LEAVES.get(match[2] or "", match[3] or "")
-
-
 def _factors(path: Path, layer: str, part: Mapping[str, Tensor], shape: tuple[int, ...]) -> Factors:
-    if not {"down", "up"} <= set(part):
+    found = kind(part)
+    if found is None:
         raise WanLiteError(f"{path.name} has only a part of its change of {layer}.", "", "Download or copy the file again.")
+    if found != "LoRA" or "set_weight" in part:
+        raise WanLiteError(f"{path.name} changes {layer} as a {found or 'replacement'}.", "What is trained on are the two factors of a plain LoRA.",
+                           "Choose another LoRA, or put this one on the teacher with ComfyUI's LoRA loader.")
     down, up = part["down"], part["up"]
-    if down.ndim != 2 or up.ndim != 2 or (up.shape[0], down.shape[1]) != shape or up.shape[1] != down.shape[0]:
+    if down.ndim != 2 or up.ndim != 2 or (up.shape[0], down.shape[1]) != shape or up.shape[1] != down.shape[0] or not len(down):
         raise _other(path, layer, up, shape)
-    return Factors(down=down, up=up, scale=float(part["alpha"]) / len(down) if "alpha" in part else 1.0)
+    if "alpha" not in part:
+        return Factors(down=down, up=up, scale=1.0)
+    alpha = part["alpha"]
+    if alpha.numel() != 1 or not math.isfinite(alpha):
+        raise WanLiteError(f"{path.name} has an alpha of {layer} that is no number.", "", "Download or copy the file again.")
+    return Factors(down=down, up=up, scale=float(alpha) / len(down))
+
+
+def _twice(path: Path, name: str) -> WanLiteError:
+    return WanLiteError(f"{path.name} changes {name} twice, under two names.", "Nothing tells which of the two is meant.", CHOOSE)
 
 
 def _other(path: Path, key: str, tensor: Tensor, expected: tuple[int, ...] | None) -> WanLiteError:
