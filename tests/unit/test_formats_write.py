@@ -124,7 +124,8 @@ def test_nothing_that_is_shared_tells_where_or_by_whom_it_was_made(student, mode
 
 @pytest.mark.parametrize("change", [{"teacher": "/home/me/wan.safetensors"}, {"teacher": "C:\\wan"}, {"teacher_fingerprint": "me@home"},
                                     {"recipe": {"prompt": "a cat"}}, {"measured": {"error": float("nan")}}, {"sampler": "../euler"},
-                                    {"steps": 0}, {"steps": 4.0}, {"keep": (0, -1)}, {"size": (64, 64)}, {"cfg": "1"}])
+                                    {"steps": 0}, {"steps": 4.0}, {"keep": (0, -1)}, {"ffn_kept": ("a cat",)}, {"ffn_kept": ("/home/me",), "keep": (0,), "ffn_dim": 20}, {"size": (64, 64)}, {"cfg": "1"},
+                                    {"steps": 10**400}, {"cfg": 10**400}, {"recipe": {"error": float("nan")}, "measured": {"error": 0.1}}])
 def test_a_card_has_no_room_for_a_path_a_name_or_a_prompt(change):
     with pytest.raises(WanLiteError, match="card has a wrong"):
         StudentCard(**change)

@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..errors import WanLiteError
+from ..kinds import LARGEST
+from .neurons import from_mask
 
 PREFIX = "wanlite."                     # of our keys in a file's header; a key `config` would break newer ComfyUIs
 
@@ -19,6 +20,8 @@ class StudentCard:
 
     shift: of ModelSamplingSD3 (8.0 is what ComfyUI gives a WAN when nobody sets one). size: width, height in pixels and frames.
     teacher: its architecture in words. teacher_fingerprint: hexadecimal. keep: the teacher's block behind each of ours.
+    ffn_kept: of each block, which of the teacher's FFN neurons stayed (see neurons.py); empty where all did.
+    expert, boundary: of one of 2.2's two, "high" or "low", and the sigma at which the low one takes over; empty and 0 for a whole WAN.
     recipe, measured: {name: number}. Raises WanLiteError on anything else.
     """
     sampler: str = "euler"
@@ -31,20 +34,25 @@ class StudentCard:
     teacher_fingerprint: str = ""
     keep: tuple[int, ...] = ()
     ffn_dim: int = 0
+    ffn_kept: tuple[str, ...] = ()
+    expert: str = ""
+    boundary: float = 0.0
     recipe: Mapping[str, float] = field(default_factory=dict)
     measured: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("size", "keep"):
+        for name in ("size", "keep", "ffn_kept"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         whole = {"steps": self.steps, "ffn_dim": self.ffn_dim, **{f"size[{i}]": n for i, n in enumerate(self.size)},
                  **{f"keep[{i}]": n for i, n in enumerate(self.keep)}}
-        wrong = [name for name, value in whole.items() if type(value) is not int or value < 0]
+        wrong = [name for name, value in whole.items() if type(value) is not int or not 0 <= value < 2**31]
         wrong += [name for name in ("sampler", "scheduler") if not re.fullmatch(r"\w+", getattr(self, name))]
+        wrong += ["expert"] * (self.expert not in ("", "high", "low")) + ["boundary"] * ((0 < self.boundary < 1) != bool(self.expert))
         wrong += ["teacher"] * bool(re.search(r"[/\\\n]", self.teacher))
         wrong += ["teacher_fingerprint"] * (not re.fullmatch(r"[0-9a-f]*", self.teacher_fingerprint))
-        numbers = {"cfg": self.cfg, "shift": self.shift, **self.recipe, **self.measured}
-        wrong += [name for name, value in numbers.items() if not isinstance(value, (int, float)) or not math.isfinite(value)]
+        wrong += ["ffn_kept"] * (not _are_masks(self.ffn_kept, len(self.keep), self.ffn_dim))
+        numbers = [("cfg", self.cfg), ("shift", self.shift), ("boundary", self.boundary), *self.recipe.items(), *self.measured.items()]
+        wrong += [name for name, value in numbers if isinstance(value, bool) or not isinstance(value, (int, float)) or not -LARGEST < value < LARGEST]
         if wrong or self.steps < 1 or len(self.size) != 3:
             raise WanLiteError(f"The student's card has a wrong {wrong[0] if wrong else 'steps or size'}.",
                                "It holds numbers, a sampler's and a scheduler's name, and the teacher's architecture in words.")
@@ -71,6 +79,14 @@ class StudentCard:
         return cls.from_json(read_metadata(metadata))
 
 
+def _are_masks(ffn_kept: tuple[Any, ...], blocks: int, ffn_dim: int) -> bool:
+    """Whether it is nothing, or as many neurons of each block as it has."""
+    try:
+        return not ffn_kept or [len(from_mask(mask)) for mask in ffn_kept] == [ffn_dim] * blocks
+    except WanLiteError:
+        return False
+
+
 def read_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     """What "wanlite.*" keys of a header say; a value that is not JSON is passed over, since anyone may write a header."""
     found = {}
@@ -78,6 +94,6 @@ def read_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
         if key.startswith(PREFIX):
             try:
                 found[key.removeprefix(PREFIX)] = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
     return found

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
-from ..config import CLIP_DIM, FLF_TOKENS, FREQ_DIM, PATCH, TEXT_DIM, WanConfig
+from ..config import CLIP_DIM, FLF_TOKENS, FREQ_DIM, MOST, PATCH, TEXT_DIM, WanConfig
 
 Size = int | str                        # a number, or the name of one: see sizes()
 Vocabulary = Literal["wan", "diffusers"]
@@ -108,8 +108,8 @@ def is_diffusers(names: Iterable[str]) -> bool:
 def to_wan_names(names: Iterable[str]) -> dict[str, str]:
     """diffusers' names -> WAN's. A name that diffusers' WAN does not have is kept, so that a strict reader can report it."""
     names = list(names)
-    layers = 1 + max((int(found[1]) for found in (re.match(r"blocks\.(\d+)\.", name) for name in names) if found), default=-1)
-    known = key_map("diffusers", "wan", min(layers, len(names)), ALL_ROWS)
+    layers = 1 + max((int(found[1]) for found in (re.match(r"blocks\.(\d{1,9})\.", name) for name in names) if found), default=-1)
+    known = key_map("diffusers", "wan", min(layers, MOST["num_layers"]), ALL_ROWS)
     return {name: known.get(name, name) for name in names}
 
 
