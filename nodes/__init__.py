@@ -3,6 +3,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .compare import WanLiteCompare
 from .distill import WanLiteDistill
+from .lora import WanLiteRemapLoRA
 from .prompts import WanLiteEncodePrompts
 from .recipe import WanLiteRecipe
 from .student import WanLiteCreateStudent, WanLiteLoadStudent, WanLiteSaveStudent
@@ -14,4 +15,4 @@ class WanLiteExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [WanLiteLoadTeacher, WanLiteEncodePrompts, WanLiteCreateStudent, WanLiteRecipe, WanLiteDistill, WanLiteSaveStudent,
-                WanLiteLoadStudent, WanLiteCompare]
+                WanLiteLoadStudent, WanLiteCompare, WanLiteRemapLoRA]

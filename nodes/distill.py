@@ -4,6 +4,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from .comfy_bridge import folders
+from .comfy_bridge.choices import AS_MADE, EVERY_LEVEL, HIGH, LOW, WHOLE
 from .report import told
 from .sockets import Prompts, Recipe, Student
 
@@ -47,6 +48,11 @@ class WanLiteDistill(io.ComfyNode):
                                         "with other settings it is refused, and nothing is lost."),
                 io.Int.Input("train_seed", default=0, min=0, max=2**31 - 1,
                              tooltip="Decides noise and order of the training. The same seed is the same run."),
+                io.Combo.Input("expert", options=[AS_MADE, WHOLE, HIGH, LOW, EVERY_LEVEL], default=AS_MADE,
+                               tooltip="For 2.2 A14B, whose two files are one model: which of them the MODEL is, and its student with it. It is trained and measured on "
+                                       "its own side of the boundary, on videos that both make; jobs for both share the teacher's answers."),
+                io.Model.Input("other_expert", optional=True,
+                               tooltip="The other file of 2.2 A14B, through the same ModelSamplingSD3. It rolls out its own steps of the teacher's videos."),
             ],
             outputs=[Student.Output(display_name="student", tooltip="The trained student, for WanLite Save Student."),
                      io.Model.Output(display_name="model", tooltip="Ready for a stock KSampler: its shift is set."),
@@ -66,12 +72,13 @@ class WanLiteDistill(io.ComfyNode):
 
     @classmethod
     def execute(cls, student: Any, model: Any, prompts: Any, latent: dict, preset: str, cfg: float, minutes: float, steps: int,
-                run_name: str, train_seed: int, vae: Any = None, sigmas: Any = None, recipe: Any = None) -> io.NodeOutput:
+                run_name: str, train_seed: int, expert: str, other_expert: Any = None, vae: Any = None, sigmas: Any = None,
+                recipe: Any = None) -> io.NodeOutput:
         from .chart import loss_map, picture
         from .comfy_bridge.load import open_student
         from .comfy_bridge.training import Training
         training = Training.of(student=student, model=model, prompts=prompts, latent=latent, sigmas=sigmas, preset=preset, changes=recipe or {},
-                               vae=vae, cfg=cfg, minutes=minutes, steps=steps, train_seed=train_seed)
+                               expert=expert, other_expert=other_expert, vae=vae, cfg=cfg, minutes=minutes, steps=steps, train_seed=train_seed)
         folder = folders.output_folder("runs") / run_name
         finished = training.run(folder, folders.output_folder("cache"), cls.hidden.unique_id)
         if finished is None:

@@ -8,7 +8,7 @@ from .comfy_bridge import folders
 from .sockets import Recipe
 
 AS_PRESET = "as the preset"
-START_FROM = "start_from"       # the one setting that is no field of the engine's Recipe: a file of ComfyUI's
+START_FROM, BOUNDARY = "start_from", "boundary"         # the settings that are no fields of the engine's Recipe
 UNSET = {"rank": -1, "own_states": -1.0, "renoised": -1.0, "full_range": -1.0, "ema_decay": -1.0, "weight_decay": -1.0, "warmup": -1, "swapped_blocks": -1}
 AUTO, ON, OFF = "auto", "on", "off"
 LEVERS = {
@@ -89,6 +89,8 @@ class WanLiteRecipe(io.ComfyNode):
                 io.Float.Input("runs_gib", default=0.0, min=0.0, max=1e6, step=1.0,
                                tooltip="The same of all runs, with the students in them that were not saved elsewhere: those that were worked on longest ago "
                                        "are removed, but none that a job works on. 0: no limit; a run's folder can also be deleted by hand."),
+                io.Float.Input("boundary", default=0.0, min=0.0, max=0.999, step=0.001,
+                               tooltip="Of 2.2's two experts: the sigma at which the one of low noise takes over. 0: the student's, else WAN's own (0.875 for text, 0.9 for pictures)."),
             ],
             outputs=[Recipe.Output(display_name="recipe", tooltip="For WanLite Distill.")])
 
@@ -97,7 +99,7 @@ class WanLiteRecipe(io.ComfyNode):
         return "" if start_from == folders.NONE else folders.changed(folders.lora_path(start_from))
 
     @classmethod
-    def execute(cls, start_from: str, **settings: Any) -> io.NodeOutput:
+    def execute(cls, start_from: str, boundary: float, **settings: Any) -> io.NodeOutput:
         from ..wanlite_model.distill.job import Recipe as Settings
         from ..wanlite_model.distill.levers import LeverSettings
         given = {name: value for name, value in settings.items() if value not in (AS_PRESET, AUTO) and value != UNSET.get(name, 0)}
@@ -105,4 +107,4 @@ class WanLiteRecipe(io.ComfyNode):
         levers = {field.name: given[field.name] for field in fields(LeverSettings) if field.name in given}
         Settings(**{name: value for name, value in given.items() if name not in levers})            # refused here, on the node that is wrong
         LeverSettings(**levers)
-        return io.NodeOutput({**given, **({} if start_from == folders.NONE else {START_FROM: start_from})})
+        return io.NodeOutput({**given, **({} if start_from == folders.NONE else {START_FROM: start_from}), **({BOUNDARY: boundary} if boundary else {})})

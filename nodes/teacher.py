@@ -10,7 +10,7 @@ class WanLiteLoadTeacher(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="WanLiteLoadTeacher", display_name="WanLite Load Teacher", category="WanLite",
-            description="Loads a WAN text-to-video model: a .safetensors file as ComfyUI's Load Diffusion Model does, or a WAN or diffusers "
+            description="Loads a WAN 2.1 or 2.2, for text or for pictures: a .safetensors file as ComfyUI's Load Diffusion Model does, or a WAN or diffusers "
                         "folder, sharded or not. The MODEL of any other loader can be a teacher too.",
             inputs=[io.Combo.Input("name", options=folders.model_names(),
                                    tooltip="A file below models/diffusion_models, or a folder there that has a config.json (names that end "
@@ -24,10 +24,12 @@ class WanLiteLoadTeacher(io.ComfyNode):
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
-        from .comfy_bridge.load import open_model, reload_note
+        from .comfy_bridge.choices import WHOLE
+        from .comfy_bridge.experts import expert_note
+        from .comfy_bridge.load import open_model
         from .comfy_bridge.teacher import ComfyTeacher
         path = folders.found(name)
         model = open_model(path)
         teacher = ComfyTeacher(model)
-        summary = "\n".join((f"{name}: {teacher.describe()}", *reload_note(path), *teacher.notes))
+        summary = "\n".join((f"{name}: {teacher.describe()}", *teacher.notes, *expert_note(teacher, None, WHOLE)))
         return io.NodeOutput(model, summary, ui=told("Load Teacher", summary))

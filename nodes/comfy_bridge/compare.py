@@ -19,14 +19,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...wanlite_model.cond import Shown
+from ...wanlite_model.config import WanConfig
 from ...wanlite_model.errors import WanLiteError
 from ...wanlite_model.files import replace_file
 from ...wanlite_model.prompts import PromptBank
+from ...wanlite_model.roles import is_expert
 from . import folders
+from .conditions import conditioning, still_frames
 from .latents import shape_of
 from .runtime import Bar
-from .teacher import ComfyTeacher, check_variant
-from .text import conditioning
+from .teacher import ComfyTeacher, check_variant, config_of
 
 LABEL = 28          # height of the line of text above the pictures
 GAP = 4
@@ -39,13 +42,13 @@ class Contender:
     model: Any
     steps: int
     cfg: float
-    channels: int
+    config: WanConfig
 
     @classmethod
     def of(cls, name: str, model: Any, steps: int, cfg: float) -> Contender:
-        """Raises WanLiteError unless the MODEL is a WAN text-to-video model."""
+        """Raises WanLiteError unless the MODEL is a WAN that students can be made of."""
         check_variant(model)
-        return cls(name=name, model=model, steps=steps, cfg=cfg, channels=model.model.diffusion_model.in_dim)
+        return cls(name=name, model=model, steps=steps, cfg=cfg, config=config_of(model.model.diffusion_model))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +77,7 @@ class Comparison:
 def compare(contenders: Sequence[Contender], *, prompts: PromptBank, vae: Any, latent: dict, sampler: str, scheduler: str, clips: int,
             noise_number: int, node_id: str | None) -> Comparison:
     """Samples the first `clips` prompts with each. Raises WanLiteError when there are fewer prompts, or the LATENT is not WAN's."""
-    shape = shape_of(latent, contenders[0].channels)
+    shape = shape_of(latent, contenders[0].config.out_dim)
     if clips > len(prompts):
         raise WanLiteError(f"clips is {clips} and there are {len(prompts)} prompts.", "", f"Set clips to at most {len(prompts)}.")
     bar, done = Bar(node_id), 0
@@ -119,10 +122,10 @@ class Shelf:
             return None
         return None if teacher.left_out else cls(key=f"{teacher.fingerprint} {teacher.shift} {how}")
 
-    def place(self, context: Tensor, negative: Tensor, number: int) -> Path:
-        told = hashlib.sha256(f"{self.key} {number} {tuple(context.shape)} {tuple(negative.shape)}".encode())
-        for tensor in (context, negative):
-            told.update(tensor.float().contiguous().numpy().tobytes())
+    def place(self, prompts: PromptBank, index: int, number: int) -> Path:
+        negative = prompts.negative
+        told = hashlib.sha256(f"{self.key} {number} {prompts.key(index)} {tuple(negative.shape)}".encode())
+        told.update(negative.float().contiguous().numpy().tobytes())
         return folders.output_folder("cache") / "compare" / f"{told.hexdigest()[:24]}.safetensors"
 
 
@@ -138,17 +141,20 @@ def _read(place: Path) -> Clip | None:
 def _drawn(one: Contender, prompts: PromptBank, shape: tuple[int, ...], sampler: str, scheduler: str, clips: int, noise_number: int,
            shelf: Shelf | None) -> Iterator[Clip]:
     """Each clip; before the first that is sampled there is one step that nobody times: it loads the model and warms it."""
-    empty = torch.zeros(1, *shape, device=comfy.model_management.intermediate_device())
-    negative = conditioning(prompts.negative)
+    prompts = prompts.fitted(one.config, shape)
+    device = comfy.model_management.intermediate_device()
 
     def sample(index: int, steps: int) -> Tensor:
-        noise = comfy.sample.prepare_noise(empty, noise_number + index)
-        return comfy.sample.sample(one.model, noise, steps, one.cfg, sampler, scheduler, conditioning(prompts.contexts[index]), negative,
-                                   empty, seed=noise_number + index, disable_pbar=True)
+        shown = prompts.shown[index] if prompts.shown else Shown()
+        start, mask = still_frames(shown, shape)
+        noise = comfy.sample.prepare_noise(start, noise_number + index)
+        positive, negative = (conditioning(context, shown) for context in (prompts.contexts[index], prompts.negative))
+        return comfy.sample.sample(one.model, noise, steps, one.cfg, sampler, scheduler, positive, negative, start.to(device), noise_mask=mask,
+                                   seed=noise_number + index, disable_pbar=True)
 
     warm = False
     for index in range(clips):
-        place = shelf and shelf.place(prompts.contexts[index], prompts.negative, noise_number + index)
+        place = shelf and shelf.place(prompts, index, noise_number + index)
         if place and (kept := _read(place)) is not None:
             yield kept
             continue
@@ -232,4 +238,6 @@ def _text(contenders: Sequence[Contender], measured: Sequence[Measured], shape: 
         lines.append(f"{line}.")
     if first.kept:
         lines.append(f"{first.kept} of the teacher's clips and their seconds are of an earlier comparison.")
+    if any(is_expert(one.config) for one in contenders):
+        lines.append("One of these is an expert of 2.2 I2V-A14B, sampled at every noise level by itself: compare experts in the workflow that is saved with a student.")
     return "\n".join((*lines, f"{clips} clips of latent size {' x '.join(map(str, shape))}, the same noise for all."))

@@ -2,15 +2,19 @@
 from __future__ import annotations
 
 import os
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import folder_paths
 
 from ...wanlite_model.errors import WanLiteError
 from ...wanlite_model.files import ENDINGS
+from ...wanlite_model.legacy import read_recipe
 
 MODELS = "diffusion_models"
 NONE = "none"
+NOTHING, FIRST, BOTH = "nothing", "first frame", "first and last frame"         # of a folder's pictures, for image-to-video
+SHOW = (FIRST, BOTH, NOTHING)
 PROMPT_LISTS, BUNDLED = Path(__file__).resolve().parent.parent / "prompt_lists", "WanLite/"
 
 
@@ -44,11 +48,38 @@ def lora_path(name: str) -> Path:
     return Path(path)
 
 
+def chosen_loras(first: str, more: str, suffix: str) -> dict[str, bool]:
+    """{name: whether only a wildcard found it} of lora_names(): `first`, and what each line of `more` names or matches.
+
+    What ends with `suffix` is a result and is found by its whole name only. Raises WanLiteError where a line finds nothing.
+    """
+    def plain(name: str) -> str:
+        return name.replace("\\", "/").lower()
+
+    found, listed = {first: False}, lora_names()
+    for line in filter(None, map(str.strip, more.splitlines())):
+        exact = [name for name in listed if plain(name) == plain(line)]
+        matching = [name for name in listed if fnmatchcase(plain(name), plain(line)) and not (suffix and Path(name).stem.endswith(suffix))]
+        if not (exact or matching):
+            raise WanLiteError(f"No LoRA that ComfyUI lists is called or matches {line!r}.", "",
+                               "Write names as the list above shows them, one a line; * stands for any letters.")
+        found |= dict.fromkeys(exact, False) if exact else {name: found.get(name, True) for name in matching}
+    return found
+
+
 def model_names() -> list[str]:
     """Safetensors files below the model folders as stock loaders name them, and WAN or diffusers folders with a slash at the end."""
     files = [name for name in folder_paths.get_filename_list(MODELS) if name.lower().endswith(ENDINGS)]
     parents = sorted({os.path.dirname(name) for name in files} - {""})
     return [f"{parent.replace(os.sep, '/')}/" for parent in parents if _config_of(parent)] + files
+
+
+def recipe_names() -> list[str]:
+    """Folders below the model folders, up to two deep, that hold a predecessor's config and no weights: model_names() has those with weights."""
+    listed = set(model_names())
+    found = (config.parent.relative_to(folder).as_posix() + "/" for folder in map(Path, folder_paths.get_folder_paths(MODELS)) for deep in ("*", "*/*")
+             for config in folder.glob(f"{deep}/*config.json") if not any(config.parent.glob("*.safetensors")) and read_recipe(config.parent))
+    return sorted(set(found) - listed)
 
 
 def model_path(name: str) -> Path | None:
@@ -88,6 +119,17 @@ def prompt_file(name: str) -> Path:
     return Path(folder_paths.get_input_directory(), os.path.basename(name))
 
 
+def picture_folders() -> list[str]:
+    """The folders of ComfyUI's input folder."""
+    top = Path(folder_paths.get_input_directory())
+    return sorted(path.name for path in top.iterdir() if path.is_dir() and not path.name.startswith(".")) if top.is_dir() else []
+
+
+def picture_folder(name: str) -> Path:
+    """The folder behind one of picture_folders()."""
+    return Path(folder_paths.get_input_directory(), os.path.basename(name))
+
+
 def bank_names() -> list[str]:
     """Prompt banks: saved by the node, and safetensors files at the top of ComfyUI's input folder."""
     saved = _names(output_folder("prompts"), ".safetensors")
@@ -103,8 +145,8 @@ def changed(path: Path | None) -> str:
     """What a node's fingerprint holds of a file, so that editing the file runs the node again."""
     if path is None or not path.exists():
         return ""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    return " ".join(f"{file.stat().st_mtime_ns} {file.stat().st_size}" for file in files)
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    return " ".join(f"{file.name} {file.stat().st_mtime_ns} {file.stat().st_size}" for file in files)
 
 
 def _names(folder: Path, ending: str) -> list[str]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...wanlite_model.errors import WanLiteError
+from .conditions import given_frames
 
 
 def shape_of(latent: dict[str, Any], channels: int) -> tuple[int, int, int, int]:
@@ -14,13 +15,20 @@ def shape_of(latent: dict[str, Any], channels: int) -> tuple[int, int, int, int]
     return tuple(_samples(latent, channels).shape[1:])
 
 
+def size_of(latent: dict[str, Any]) -> tuple[int, int, int]:
+    """Width and height in pixels, and frames, of the videos that a WAN's LATENT stands for."""
+    channels, frames, rows, columns = shape_of(latent, latent["samples"].shape[1])
+    scale = 16 if channels == 48 else 8                     # pixels a latent pixel: TI2V-5B's VAE, and the others'
+    return columns * scale, rows * scale, 4 * (frames - 1) + 1
+
+
 def training_latents(latent: dict[str, Any], model: Any, channels: int) -> Tensor | None:
     """[N, C, T, H, W] in processed space, or None when the LATENT is empty and only tells a size. Raises WanLiteError."""
     samples = _samples(latent, channels)
     if not samples.any():
         return None
-    if latent.get("noise_mask") is not None:
-        raise WanLiteError("The LATENT carries a noise mask.", "Training data is whole clips.", "Connect the LATENT from before the mask was set.")
+    if given_frames(latent):                # a size, and the frames that the prompts were encoded with
+        return None
     with torch.inference_mode(False):
         return model.get_model_object("latent_format").process_in(samples.detach().float().cpu().clone())
 
@@ -28,9 +36,14 @@ def training_latents(latent: dict[str, Any], model: Any, channels: int) -> Tenso
 def _samples(latent: dict[str, Any], channels: int) -> Tensor:
     samples = latent["samples"]
     if getattr(samples, "is_nested", False) or samples.ndim not in (4, 5):
-        raise WanLiteError("The LATENT is not a video.", "WAN's latents are [N, 16, frames, height / 8, width / 8].",
-                           "Use EmptyHunyuanLatentVideo, or encode a clip with WAN's VAE.")
+        raise WanLiteError("The LATENT is not a video.", f"This WAN's latents are [N, {channels}, frames, height, width].",
+                           f"Use {_empty(channels)}, or encode a clip with this WAN's VAE.")
     if samples.shape[1] != channels:
         raise WanLiteError(f"The LATENT has {samples.shape[1]} channels.", f"This WAN's latents have {channels}.",
-                           "Use EmptyHunyuanLatentVideo for an empty one, or encode pictures with WAN's VAE.")
+                           f"Use {_empty(channels)} for an empty one, or encode pictures with this WAN's VAE.")
     return samples if samples.ndim == 5 else samples.unsqueeze(2)       # a picture is a clip of one frame
+
+
+def _empty(channels: int) -> str:
+    """The stock node that makes an empty latent of so many channels."""
+    return "Wan22ImageToVideoLatent" if channels == 48 else "EmptyHunyuanLatentVideo"

@@ -17,6 +17,7 @@ CACHE = "answers some steps from memory, while WanLite asks the model itself eve
 COMPILED = "only makes the same forward faster"
 GUIDANCE = "changes how the positive and the negative answer are combined; WanLite combines them by plain guidance"
 SAMPLER = "acts on the sampler, and WanLite takes its own steps"
+GPUS = "only shares the sampling among GPUs; WanLite asks one"
 
 
 class Found(NamedTuple):
@@ -30,7 +31,7 @@ class Found(NamedTuple):
 SAMPLER_WRAPPERS = ("outer_sample", "prepare_sampling", "sampler_sample", "predict_noise", "calc_cond_batch")
 # Callbacks that ComfyUI calls outside a forward and outside loading: they cannot change an answer.
 QUIET_CALLBACKS = ("on_clone", "on_detach_after", "on_cleanup", "on_pre_run", "on_prepare_state", "on_apply_hooks",
-                   "on_register_all_hook_patches", "on_eject_model")
+                   "on_register_all_hook_patches", "on_eject_model", "on_deepclone_multigpu", "on_match_multigpu_clones")
 # What a sampler leaves in transformer_options for itself.
 BOOKKEEPING = ("sample_sigmas", "sigmas", "uuids", "cond_or_uncond")
 
@@ -49,6 +50,8 @@ LEFT_OUT = {
     ("option", "denoise_mask_function"): ("differential diffusion", SAMPLER),
     ("option", "context_handler"): ("context windows", "cut long clips in parts; WanLite asks for the whole clip of the LATENT's size"),
     ("transformer option", "easycache"): ("EasyCache", CACHE),
+    ("additional model", "multigpu"): ("MultiGPU CFG Split", GPUS),
+    ("option", "multigpu_options"): ("MultiGPU CFG Split", GPUS),
     ("hook", "registered"): ("hooks on CONDITIONING", SAMPLER),
     ("wrapper", "sampler"): ("", SAMPLER),
 }
@@ -74,7 +77,7 @@ def plain_copy(model: Any) -> tuple[comfy.model_patcher.ModelPatcher, tuple[str,
     copy = model.clone()
     copy.object_patches = {name: value for name, value in copy.object_patches.items() if name in kept}
     copy.model_options = {"transformer_options": {}}
-    copy.wrappers, copy.callbacks, copy.hook_patches = {}, {}, {}
+    copy.wrappers, copy.callbacks, copy.hook_patches, copy.additional_models = {}, {}, {}, {}
     return copy, tuple(f"Left out of the teacher: {what} ({why})." for what, why in left_out.items())
 
 

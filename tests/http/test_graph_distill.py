@@ -39,16 +39,17 @@ def graph(run_name, steps, **distil):
         "shift": node("ModelSamplingSD3", model=["unet", 0], shift=3.0),
         "latent": node("EmptyHunyuanLatentVideo", width=64, height=64, length=5, batch_size=1),
         "prompts": node("WanLiteEncodePrompts", prompts="", prompt_file="none", template="{prompt}", negative="",
-                        bank=f"input/{BANK_FILE}", save_as="", preview=2),
+                        bank=f"input/{BANK_FILE}", save_as="", preview=2, folder="none", show="first frame"),
         "create": node("WanLiteCreateStudent", model=["shift", 0], prompts=["prompts", 0], latent=["latent", 0], preset="1/2 of the blocks", depth=0,
-                       ffn_dim=0, keep_map="", method="greedy", block_steps=3, refit="mean", cfg=3.0, probe_seed=0),
+                       ffn_dim=0, keep_map="", method="greedy", block_steps=3, refit="mean", cfg=3.0, probe_seed=0,
+                       expert="not one of two"),
         "recipe": node("WanLiteRecipe", objective="velocity", rank=0, start_from="none", student_steps=0, own_states=-1.0, optimizer="AdamW", learning_rate=2e-3, batch_size=2, warmup=1, max_grad_norm=1.0, weight_decay=0.0,
                        ema_decay=0.5, teacher_steps=2, renoised=0.5, full_range=0.25, evaluations=2, save_every=10.0, checkpointing="auto",
                        checkpoints_on_cpu="auto", frozen_float8="auto", optimizer_8bit="auto", gradient_release="auto", swapped_blocks=-1, gpu_gib=0.0, ram_gib=0.0,
-                       disk_gib=0.0, cache_gib=0.0, runs_gib=0.0),
+                       disk_gib=0.0, cache_gib=0.0, runs_gib=0.0, boundary=0.0),
         "distil": node("WanLiteDistill", **{"student": ["create", 0], "model": ["shift", 0], "prompts": ["prompts", 0], "latent": ["latent", 0],
                                             "recipe": ["recipe", 0], "preset": "slim", "cfg": 3.0, "minutes": 5.0, "steps": steps,
-                                            "run_name": run_name, "train_seed": 0, **distil}),
+                                            "run_name": run_name, "train_seed": 0, "expert": "as the student was made", **distil}),
         "report": node("PreviewAny", source=["distil", 3]),
     }
 
@@ -63,7 +64,8 @@ def with_outputs(prompt, name):
         "latents": node("SaveLatent", samples=["sampler", 0], filename_prefix=name),
         "plot": node("LossGraphNode", loss=["distil", 2], filename_prefix="loss"),
         "chart": node("PreviewImage", images=["distil", 4]),
-        "save": node("WanLiteSaveStudent", student=["distil", 0], name=name, format="folder", dtype="bf16", overwrite=False),
+        "save": node("WanLiteSaveStudent", student=["distil", 0], name=name, format="folder", dtype="bf16", overwrite=False, base_model="",
+                     licence=""),
     }
 
 

@@ -20,6 +20,11 @@ def model(comfyui, student):
 
 
 @pytest.fixture
+def comfy_teacher(pack):
+    return pack("nodes.comfy_bridge.teacher").ComfyTeacher
+
+
+@pytest.fixture
 def refused(pack):
     """`with refused("words")`: the one sentence that a user reads holds these words (a regular expression)."""
     error = pack("wanlite_model.errors").WanLiteError

@@ -1,12 +1,7 @@
 """What other nodes hang on a MODEL: honoured, left out with a sentence, or refused by name. Never silently used."""
 import pytest
 import torch
-from helpers_bridge import relative, state
-
-
-@pytest.fixture
-def comfy_teacher(pack):
-    return pack("nodes.comfy_bridge.teacher").ComfyTeacher
+from helpers_bridge import call, relative, state
 
 
 def assert_left_out(comfy_teacher, plain, patched, words):
@@ -56,8 +51,18 @@ def test_guidance_of_other_nodes_is_left_out(model, comfy_teacher):
 
 def test_context_windows_are_left_out(model, comfy_teacher):
     from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
-    patched = WanContextWindowsManualNode.execute(model, 81, 30, "standard_static", 1, False, "pyramid").result[0]
+    patched = call(WanContextWindowsManualNode, model=model, context_schedule="standard_static", fuse_method="pyramid")[0]
     assert_left_out(comfy_teacher, model, patched, "context windows")
+
+
+def test_clones_on_other_gpus_are_left_out(model, comfy_teacher):
+    """As the node MultiGPU CFG Split of newer ComfyUIs hangs them on a MODEL."""
+    patched = model.clone()
+    patched.set_additional_models("multigpu", [model.clone()])
+    patched.model_options["multigpu_options"] = {}
+    patched.add_callback("on_match_multigpu_clones", print)
+    assert_left_out(comfy_teacher, model, patched, "MultiGPU CFG Split")
+    assert not comfy_teacher(patched).model.additional_models
 
 
 def test_a_wrapper_around_the_sampler_is_left_out_by_name(model, comfy_teacher):
@@ -103,9 +108,8 @@ def test_what_changes_a_forward_is_refused_by_name(what, model, comfy_teacher, r
 def test_other_models_are_refused_by_name(comfyui, comfy_teacher, refused):
     import comfy.sd
     from helpers_tiny import random_wan
-    variants = {"I2V": {"model_type": "i2v", "in_dim": 36, "out_dim": 16, "image_dim": 1280},
-                "36|I2V": {"model_type": "i2v", "in_dim": 36, "out_dim": 16},
-                "TI2V-5B": {"model_type": "ti2v", "num_channels": 48}}
+    variants = {"Fun Control": {"model_type": "i2v", "in_dim": 48, "out_dim": 16, "image_dim": 1280},
+                "40-channel": {"model_type": "i2v", "in_dim": 40, "out_dim": 16}}
     for words, fields in variants.items():
         wan = random_wan(depth=1, **fields)
         with refused(words):

@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from demo.comfy_path import ROOT
 
@@ -31,6 +32,21 @@ def test_a_second_copy_of_the_pack_adds_no_second_route(pack, monkeypatch):
     for _ in range(2):
         pack("nodes.comfy_bridge.routes").add_routes()
     assert [route.path for route in server.routes] == ["/wanlite/finish"]
+
+
+def test_a_stage_that_follows_a_longer_one_is_shown_from_its_first_step_on(pack, monkeypatch):
+    """Newer ComfyUIs hold back what a bar of theirs has shown before."""
+    import comfy.utils
+    shown = []
+    runtime = pack("nodes.comfy_bridge.runtime")
+    monkeypatch.setattr(runtime, "UPDATES", 1e9)
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda done, total, picture, node_id: shown.append((done, total, picture, node_id)))
+    bar = runtime.Bar("12:5")
+    for stage, done, total in (("asking", 300, 300), ("training", 1, 1000), ("training", 2, 1000)):
+        bar.show(stage, done, total)
+    assert shown == [(300, 300, None, "12:5"), (1, 1000, None, "12:5"), (2, 1000, None, "12:5")]
+    bar.preview(torch.zeros(2, 3, 3))
+    assert shown[-1][:2] == (2, 1000) and shown[-1][2][1].size == (3, 2)
 
 
 @pytest.fixture

@@ -7,11 +7,6 @@ from helpers_tiny import random_wan
 SHIFT = 3.0
 
 
-@pytest.fixture
-def comfy_teacher(pack):
-    return pack("nodes.comfy_bridge.teacher").ComfyTeacher
-
-
 def test_velocity_is_the_stock_samplers(model, comfy_teacher):
     import comfy.model_management
     x, sigma, cond = state()
@@ -170,6 +165,29 @@ def test_layers_with_scales_of_their_own_come_back_as_the_forward_uses_them(comf
     patched = comfy_teacher(lora(model, 0.5))
     effect = relative(comfy_teacher(model).velocity(x, sigma, cond), patched.velocity(x, sigma, cond))
     assert_baked_weights_answer_like(patched, x, sigma, cond, tolerance=effect / 4)
+
+
+def test_the_fingerprint_of_quantised_weights_follows_their_scales(comfyui, student, comfy_teacher):
+    import json
+
+    import comfy.sd
+    header = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": {"blocks.0.ffn.0": {"format": "float8_e4m3fn"}}})}
+    fingerprints = set()
+    for scale in (0.5, 0.25):
+        file = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+        file["blocks.0.ffn.0.weight"] = file["blocks.0.ffn.0.weight"].to(torch.float8_e4m3fn)
+        file["blocks.0.ffn.0.weight_scale"] = torch.tensor(scale)
+        fingerprints.add(comfy_teacher(comfy.sd.load_diffusion_model_state_dict(file, metadata=header)).fingerprint)
+    assert len(fingerprints) == 2
+
+
+def test_weights_of_a_layer_that_scales_its_inputs_hold_the_scale(model, comfy_teacher):
+    """Here by hand; newer ComfyUIs do so with some NVFP4 files."""
+    layer, scale = model.model.diffusion_model.blocks[1].ffn[0], torch.rand(128, generator=torch.Generator().manual_seed(0)) + 0.5
+    layer.register_parameter("pre_quant_scale", torch.nn.Parameter(scale, requires_grad=False))
+    forward = layer.forward
+    layer.forward = lambda x, *rest, **named: forward(x * scale, *rest, **named)
+    assert_baked_weights_answer_like(comfy_teacher(model), *state())
 
 
 def assert_baked_weights_answer_like(teacher, x, sigma, cond, tolerance=1e-5):

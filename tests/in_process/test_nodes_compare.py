@@ -69,7 +69,7 @@ def test_the_teachers_clips_are_kept_for_the_next_student(compare, model, comfyu
     again = compare(noise_number=90, clips=2, teacher_steps=3, student_steps=4)
     assert asked == [1, 4, 4] and "2 of the teacher's clips" in again[1]
     assert torch.equal(halves(again[0])[0], halves(first[0])[0]) and again[2] == pytest.approx(first[2], rel=1e-4)
-    monkeypatch.setattr(pack("nodes.comfy_bridge.teacher"), "_expert", lambda config: ["A word to the wise."])
+    monkeypatch.setattr(pack("nodes.comfy_bridge.teacher"), "_never_applied", lambda model: ["A word to the wise."])
     assert "2 of the teacher's clips" in compare(noise_number=90, clips=2, teacher_steps=3, student_steps=4)[1]
     for changed in ({"teacher": lora(model, 1.0)}, {"noise_number": 91}, {"teacher_cfg": 3.0}, {"sampler": "heun"}, {"latent": empty_latent(32, 48, 5)}):
         assert "earlier comparison" not in compare(**{"noise_number": 90, "clips": 2, "teacher_steps": 3, **changed})[1], changed

@@ -184,7 +184,7 @@ def test_a_student_that_is_its_teacher_is_not_taught_what_it_knows(teacher, dist
 
 
 def test_a_wan_of_other_latents_is_refused_at_once(comfyui, distil, pack, refused):
-    with refused("48 latent channels and the teacher 16"):
+    with refused("48 channels in, 48 out"):
         distil("other-latents", student=stranger(comfyui, pack, num_channels=48, depth=2, ffn_dim=128))
     left = comfyui.base / "output/wanlite/runs/other-latents"
     assert not left.exists() or not any(left.iterdir())
@@ -222,7 +222,7 @@ def test_the_recipe_node_changes_what_was_set_and_leaves_the_preset_the_rest(pac
     assert call(node, learning_rate=1e-3, rank=0, renoised=0.0)[0] == {"learning_rate": 1e-3, "rank": 0, "renoised": 0.0}
     shown = {widget.id: widget for widget in node.GET_SCHEMA().inputs}
     assert tuple(shown["objective"].options[1:]) == engine.OBJECTIVES and set(shown) == {
-        "start_from", *(f.name for f in dataclasses.fields(engine.Recipe)), *(f.name for f in dataclasses.fields(engine.LeverSettings))}
+        "start_from", "boundary", *(f.name for f in dataclasses.fields(engine.Recipe)), *(f.name for f in dataclasses.fields(engine.LeverSettings))}
     assert call(node, checkpointing="on", frozen_float8="off", swapped_blocks=0)[0] == {"checkpointing": True, "frozen_float8": False, "swapped_blocks": 0}
 
 

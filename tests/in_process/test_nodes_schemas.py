@@ -5,7 +5,7 @@ from decimal import Decimal
 
 import pytest
 
-NAMES = ["LoadTeacher", "EncodePrompts", "CreateStudent", "Recipe", "Distill", "SaveStudent", "LoadStudent", "Compare"]
+NAMES = ["LoadTeacher", "EncodePrompts", "CreateStudent", "Recipe", "Distill", "SaveStudent", "LoadStudent", "Compare", "RemapLoRA"]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_everything_on_a_node_says_what_it_is(name, schemas):
 
 
 def test_what_works_for_minutes_can_be_queued_alone(schemas):
-    assert [name for name in NAMES if schemas[name].is_output_node] == ["EncodePrompts", "CreateStudent", "Distill", "SaveStudent", "Compare"]
+    assert [name for name in NAMES if schemas[name].is_output_node] == ["EncodePrompts", "CreateStudent", "Distill", "SaveStudent", "Compare", "RemapLoRA"]
 
 
 def test_a_report_is_on_the_node_and_in_the_log(pack, caplog):

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from helpers_bridge import call, empty_latent, lora, relative, state, tree
+from helpers_predecessor import LAYOUTS, write_predecessor
 from helpers_tiny import random_bank
 
 
@@ -27,11 +28,6 @@ def create(nodes):
         return call(nodes.WanLiteCreateStudent, **{"model": model, "prompts": random_bank(2), "latent": empty_latent(96, 96), "depth": 0, "ffn_dim": 0,
                                                    "probe_seed": 0, "block_steps": 0, "keep_map": "", **given})
     return created
-
-
-@pytest.fixture
-def comfy_teacher(pack):
-    return pack("nodes.comfy_bridge.teacher").ComfyTeacher
 
 
 def test_a_preset_decides_the_size_and_the_start_is_found_again(comfyui, teacher, create):
@@ -97,12 +93,12 @@ def test_without_memory_for_the_comparison_a_student_is_saved_and_called_not_ver
     record = pack("nodes.comfy_bridge.verify").record
     needed = 2 * pack("wanlite_model.formats.keymap").wan_size(handle.config)
     monkeypatch.setattr(management, "get_free_memory", lambda device: needed)              # too little by the tenth for the rest
-    assert record(handle, torch.bfloat16).velocity is None
+    assert record(handle, "bf16").velocity is None
     report = pack("nodes.comfy_bridge.save").save(handle, "in little memory", layout="single file", dtype="bf16", overwrite=False)
     assert report.file.exists() and report.verified.difference is None
     assert "not verified: one forward of it in fp32" in report.sentence and "GiB are free" in report.sentence
     monkeypatch.setattr(management, "get_free_memory", lambda device: 1.2 * needed)
-    assert record(handle, torch.bfloat16).velocity is not None
+    assert record(handle, "bf16").velocity is not None
 
 
 def test_a_file_that_answers_differently_is_not_saved(comfyui, teacher, create, pack, refused, monkeypatch):
@@ -156,7 +152,8 @@ def test_a_diffusers_folder_is_a_teacher(comfyui, student, pack, comfy_teacher):
         expected = student(x, 1000 * sigma, cond.context)
     assert relative(comfy_teacher(model).velocity(x, sigma, cond), expected) < 1e-4
     assert "6 blocks of 128" in summary and "shift 8" in summary
-    assert "diffusers names" in summary and "WanLite Save Student" in summary         # the way out where a newer ComfyUI wants one file
+    make, given = model.cached_patcher_init         # newer ComfyUIs load a MODEL again by it, for a node that compiles or for a second GPU
+    assert relative(comfy_teacher(make(*given)).velocity(x, sigma, cond), expected) < 1e-4
 
 
 def bad_inputs():
@@ -214,8 +211,7 @@ def test_a_folder_that_contradicts_itself_gets_a_sentence(written, words, comfyu
     folder = student.save_pretrained(comfyui.base / "models/diffusion_models/contradicting").path
     config = folder / "config.json"
     node = pack("nodes.teacher").WanLiteLoadTeacher
-    _, summary = call(node, name="contradicting/")
-    assert "diffusers names" not in summary
+    call(node, name="contradicting/")
     if written == "index":
         index = next(folder.glob("*.index.json"))
         index.write_text(index.read_text(encoding="utf-8").replace("diffusion_model.safetensors", "other.safetensors"), encoding="utf-8")
@@ -242,3 +238,16 @@ def test_a_quantised_file_is_a_teacher(comfyui, student, pack, comfy_teacher):
 def test_a_file_that_is_gone_gets_a_sentence(nodes, refused):
     with refused("is not in ComfyUI's model folders"):
         call(nodes.WanLiteLoadStudent, name="gone.safetensors")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_a_predecessor_wrote_is_listed_and_read_as_a_recipe(layout, comfyui, nodes, refused):
+    name = f"old/{layout}"
+    folder = write_predecessor(comfyui.base / "models/diffusion_models" / name, layout)
+    names = next(widget for widget in nodes.WanLiteLoadStudent.GET_SCHEMA().inputs if widget.id == "name").options
+    assert names.count(f"{name}/") == 1
+    before = tree(comfyui.base)
+    with refused("(?s)hidden_size=1024 is the width.*16 blocks of 1024 with FFN 4096.*preset=custom, depth=16, ffn_dim=6144"):
+        call(nodes.WanLiteLoadStudent, name=f"{name}/")
+    assert tree(comfyui.base) == before
+    shutil.rmtree(folder)

@@ -1,0 +1,146 @@
+"""A tiny pair of experts through the nodes: each student takes its teacher's place in the stock graph of two KSamplerAdvanced."""
+import pytest
+import torch
+from helpers_bridge import call, empty_latent, relative
+from helpers_tiny import random_bank, random_wan
+
+STEPS, SHIFT, CFG = 6, 5.0, 2.0
+LATENT = empty_latent(width=64, height=64, frames=5)
+SIDES = ("high", "low")
+
+
+@pytest.fixture(scope="module")
+def models(comfyui):
+    """The MODELs of both experts: random, and alike in all but a part, as two fine-tunes of one model are."""
+    import comfy.sd
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+    base, opened = random_wan(seed=3, depth=2, ffn_dim=128), {}
+    for number, side in enumerate(SIDES):
+        torch.manual_seed(40 + number)
+        weights = {name: value + torch.randn_like(value) * 0.02 for name, value in base.state_dict().items()}
+        with torch.inference_mode():
+            model = comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": torch.float32})
+            opened[side] = ModelSamplingSD3().patch(model, SHIFT)[0]
+    return opened
+
+
+@pytest.fixture(scope="module")
+def bank(pack):
+    given = random_bank(8)
+    return pack("wanlite_model.prompts").PromptBank(prompts=given.prompts, contexts=given.contexts, negative_text="", negative=given.negative)
+
+
+def others(side):
+    return "low" if side == "high" else "high"
+
+
+@pytest.fixture(scope="module")
+def students(models, bank, pack):
+    """{side: (MODEL, report)} after a short no-cfg job each; both jobs share a cache."""
+    recipe = {"learning_rate": 3e-3, "teacher_steps": STEPS, "batch_size": 8, "evaluations": 2, "ema_decay": 0.9}
+    made = {}
+    for side in SIDES:
+        start, _ = call(pack("nodes.student").WanLiteCreateStudent, model=models[side], prompts=bank, latent=LATENT, preset="same size",
+                        expert=f"{side} noise", other_expert=models[others(side)])
+        _, model, _, report, _ = call(pack("nodes.distill").WanLiteDistill, student=start, model=models[side], other_expert=models[others(side)], prompts=bank,
+                                      latent=LATENT, preset="no-cfg", cfg=CFG, steps=80, run_name=f"expert {side}", recipe=recipe)
+        made[side] = model, report
+    return made
+
+
+def two_samplers(comfyui, high, low, bank, pack, cfgs, switch):
+    """The stock graph: the high expert's steps with its noise left over, then the low expert's without new noise."""
+    told = pack("nodes.comfy_bridge.conditions").conditioning
+    positive, negative = told(bank.contexts[bank.held_out[0]]), told(bank.negative)
+    sampler = comfyui.nodes.KSamplerAdvanced()
+    with torch.inference_mode():
+        (half,) = sampler.sample(high, "enable", 5, STEPS, cfgs[0], "euler", "simple", positive, negative, LATENT, 0, switch, "enable")
+        (whole,) = sampler.sample(low, "disable", 5, STEPS, cfgs[1], "euler", "simple", positive, negative, half, switch, 10000, "disable")
+    return whole["samples"].clone()
+
+
+def test_each_student_takes_its_teachers_place(comfyui, models, students, bank, pack):
+    assert "of the 6 steps it makes 0 to 3 " in students["high"][1] and "of the 6 steps it makes 3 to 6 " in students["low"][1]
+
+    def clip(high, low, *cfgs):
+        return two_samplers(comfyui, high, low, bank, pack, cfgs, switch=3)
+
+    teacher = clip(models["high"], models["low"], CFG, CFG)
+    swapped = {"high": lambda student, cfg: clip(student, models["low"], cfg, CFG), "low": lambda student, cfg: clip(models["high"], student, CFG, cfg)}
+    for side, sample in swapped.items():
+        with_student, without_cfg = relative(sample(students[side][0], 1.0), teacher), relative(sample(models[side], 1.0), teacher)
+        assert with_student < 0.75 * without_cfg, (side, with_student, without_cfg)
+        wrong = sample(students[others(side)][0], 1.0)
+        assert relative(wrong, teacher) > 1.5 * with_student, side
+    both = relative(clip(students["high"][0], students["low"][0], 1.0, 1.0), teacher)
+    neither = relative(clip(models["high"], models["low"], 1.0, 1.0), teacher)
+    assert both < 0.6 * neither, (both, neither)
+
+
+def test_both_jobs_asked_the_teachers_once(comfyui, students):
+    units = list((comfyui.base / "output/wanlite/cache").glob("*.safetensors"))
+    runs = comfyui.base / "output/wanlite/runs"
+    assert units and all((runs / f"expert {side}").is_dir() for side in SIDES)
+    oldest = min(path.stat().st_mtime for path in (runs / "expert low").iterdir())
+    assert all(unit.stat().st_mtime <= oldest + 1 for unit in units)
+
+
+def test_the_high_experts_student_is_saved_with_a_graph_of_both(comfyui, students, models, bank, pack):
+    start, _ = call(pack("nodes.student").WanLiteCreateStudent, model=models["high"], prompts=bank, latent=LATENT, preset="1/2 of the blocks",
+                    expert="high noise", other_expert=models["low"])
+    name, report = call(pack("nodes.student").WanLiteSaveStudent, student=start, name="half of the high one")[:2]
+    workflow = (comfyui.base / "models/diffusion_models/half of the high one/half of the high one.workflow.json").read_text(encoding="utf-8")
+    assert workflow.count('"type": "KSamplerAdvanced"') == 2 and "low_noise" in workflow and "verified" in report
+    again, _ = call(pack("nodes.student").WanLiteLoadStudent, name=name)
+    assert again.card.expert == "high" and again.card.boundary == 0.875
+
+
+def wrong_graphs():
+    return {
+        "no other": ({"expert": "high noise"}, "the other one is not connected"),
+        "not said which": ({"other_expert": "low"}, "not said which of the two"),
+        "twice the same": ({"expert": "high noise", "other_expert": "high"}, "same weights"),
+    }
+
+
+@pytest.mark.parametrize("what", wrong_graphs())
+def test_a_graph_that_does_not_say_which_is_refused(what, models, bank, pack, refused):
+    given, words = wrong_graphs()[what]
+    given = {name: models.get(value, value) for name, value in given.items()}
+    with refused(words):
+        call(pack("nodes.student").WanLiteCreateStudent, model=models["high"], prompts=bank, latent=LATENT, preset="1/2 of the blocks", **given)
+    start, _ = call(pack("nodes.student").WanLiteCreateStudent, model=models["high"], prompts=bank, latent=LATENT, preset="1/2 of the blocks")
+    with refused(words):
+        call(pack("nodes.distill").WanLiteDistill, student=start, model=models["high"], prompts=bank, latent=LATENT, preset="slim", run_name="wrong", **given)
+
+
+def test_a_student_keeps_to_the_side_that_it_was_made_for(models, bank, pack, refused):
+    start, _ = call(pack("nodes.student").WanLiteCreateStudent, model=models["high"], prompts=bank, latent=LATENT, preset="1/2 of the blocks",
+                    expert="high noise", other_expert=models["low"])
+    for choice in ("low noise", "not one of two"):
+        with refused("was made as the expert of high noise"):
+            call(pack("nodes.distill").WanLiteDistill, student=start, model=models["high"], other_expert=models["low"], prompts=bank, latent=LATENT, preset="slim",
+                 expert=choice, run_name="other side")
+
+
+def test_the_boundary_is_wans_own_the_students_or_the_recipes(models, pack):
+    recipe = call(pack("nodes.recipe").WanLiteRecipe, boundary=0.95)[0]
+    assert recipe == {"boundary": 0.95}
+    find, teacher = pack("nodes.comfy_bridge.experts").other_of, pack("nodes.comfy_bridge.teacher").ComfyTeacher(models["high"])
+    card = pack("wanlite_model.formats.card").StudentCard(expert="high", boundary=0.8)
+    assert find(teacher, models["low"], "high noise").role.boundary == 0.875
+    assert find(teacher, models["low"], "as the student was made", 0.0, card).role.boundary == 0.8
+    assert find(teacher, models["low"], "as the student was made", recipe["boundary"], card).role.boundary == 0.95
+
+
+def test_an_i2v_expert_is_never_taken_for_a_whole_wan(comfyui, bank, pack, refused):
+    import comfy.sd
+    with torch.inference_mode():
+        model = comfy.sd.load_diffusion_model_state_dict(dict(random_wan(depth=2, model_type="i2v", in_dim=36).state_dict()), model_options={"dtype": torch.float32})
+    image = pack("wanlite_model.cond").Shown(image=torch.zeros(20, 2, 8, 8))
+    shown = type(bank)(prompts=bank.prompts, contexts=bank.contexts, negative_text="", negative=bank.negative, shown=(image,) * len(bank))
+    given = {"model": model, "prompts": shown, "latent": LATENT, "preset": "1/2 of the blocks"}
+    with refused("one of the two experts of 2.2 I2V-A14B"):
+        call(pack("nodes.student").WanLiteCreateStudent, **given)
+    start, _ = call(pack("nodes.student").WanLiteCreateStudent, **given, expert="low noise, at every level")
+    assert start.card.expert == ""
