@@ -17,7 +17,7 @@ from wanlite_model.compress.importance import tokens
 from wanlite_model.compress.plan import interleaved
 from wanlite_model.config import TEXT_DIM, WanConfig
 from wanlite_model.distill.budget import GIB, USED, Machine, Peaks, forward_flops, predicted, run_bytes, step_seconds
-from wanlite_model.distill.data import state_counts
+from wanlite_model.distill.paths import state_counts
 from wanlite_model.distill.job import DistillJob
 from wanlite_model.distill.levers import Levers, LeverSettings, ladder
 from wanlite_model.distill.presets import PRESETS
@@ -78,7 +78,7 @@ def _letters(levers: Levers) -> str:
 
 def cache_bytes(job: DistillJob) -> int:
     """Of the teacher's answers to each prompt once."""
-    path, renoised = state_counts(job)
+    path, renoised, _ = state_counts(job)
     columns = 1 if job.trajectory else 3
     return PROMPTS * (path + renoised + job.trajectory) * columns * 2 * math.prod(job.shape)
 

@@ -203,7 +203,7 @@ def block_wise(teacher: FileTeacher, cap: int) -> int | None:
     last = teacher.config.num_layers - 1
     plan = CompressionPlan(keep=(*range(last - 1), last), ffn_dim=teacher.config.ffn_dim, method="given", teacher_layers=last + 1,
                            teacher_ffn_dim=teacher.config.ffn_dim)
-    probe = Probe(x=torch.randn(PROBED, 16, WHOLE.frames, WHOLE.rows, WHOLE.columns), sigma=torch.rand(PROBED), context=random_prompts().cond(range(PROBED)).context)
+    probe = Probe(x=torch.randn(PROBED, 16, WHOLE.frames, WHOLE.rows, WHOLE.columns), sigma=torch.rand(PROBED), cond=random_prompts().cond(range(PROBED)))
     with looking_like(cap, teacher.device), open_wan(teacher.path) as source, watched(teacher.device) as most:
         try:
             for _ in heal_blocks(teacher, lambda name: source.tensor(name.replace(f"blocks.{last - 1}.", f"blocks.{last}.")), plan, probe, STEPS, lambda _: None):

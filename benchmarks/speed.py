@@ -189,11 +189,11 @@ def bare_loop(work: Work, line: Line) -> Advance:
         trained = Adapters(student, fresh_factors(student, recipe.rank, torch.Generator())).parameters
     optimizer, average = make_optimizer(trained, recipe), WeightAverage(trained, recipe.ema_decay)
     batch = TeacherCache(work.folder / "cache", job, plan_units(job, work.bank, None)).batch(0)
-    context, target = work.bank.cond(batch.prompts).context, batch.guided(job.cfg).to(work.device)
+    cond, target = work.bank.cond(batch.prompts), batch.guided(job.cfg).to(work.device)
     scale = target.square().mean()
 
     def step() -> None:
-        objectives.velocity_loss(student_velocity(student, batch.x, batch.sigma, context), target, scale).mean().backward()
+        objectives.velocity_loss(student_velocity(student, batch.x, batch.sigma, cond), target, scale).mean().backward()
         clip_grad_norm_(trained.values(), recipe.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -217,8 +217,10 @@ def stock_training(work: Work, model: Any, checkpointing: bool, steps: int) -> N
     given = {"batch_size": 1, "steps": steps, "grad_accumulation_steps": 1, "learning_rate": VELOCITY.learning_rate,
              "rank": RANK, "optimizer": "AdamW", "loss_function": "MSE", "seed": 0, "training_dtype": "bf16" if work.device.type == "cuda" else "fp32",
              "lora_dtype": "fp32", "algorithm": "LoRA", "gradient_checkpointing": checkpointing, "existing_lora": "[None]"}
-    TrainLoraNode.execute(model=[model], latents=[{"samples": clip} for clip in clips],
-                          positive=[[[context[None], {}]] for context in work.bank.contexts], **{name: [value] for name, value in given.items()})
+    defaults = {widget.id: widget.default for widget in TrainLoraNode.GET_SCHEMA().inputs if getattr(widget, "default", None) is not None}
+    TrainLoraNode.execute(model=[model], latents=[{"samples": clip} for clip in clips],         # newer ComfyUIs' node has more widgets
+                          positive=[[[context[None], {}]] for context in work.bank.contexts],
+                          **{name: [value] for name, value in {**defaults, **given}.items()})
 
 
 @contextmanager

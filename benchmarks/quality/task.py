@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from wanlite_model.distill.checkpoint import RunFolder
+
 from ..teachers import WORLDS
 from .rows import Row
 

@@ -1,0 +1,39 @@
+"""The bridge's open_model, with ComfyUI's own loader behind it, as one more reader."""
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from demo.comfy_path import import_pack, put_comfyui_first
+
+from .originals import PACKED, WANS, Place
+from .targets import Target, Wrong, alike, honest, reference
+
+SCALES = ("scale_weight", "scale_input", "weight_scale", "input_scale")         # that it adds by itself
+
+
+def comfy_target(comfyui: Path) -> tuple[Target, type[Exception]]:
+    """The reader, and the error that it may raise: that of the pack as ComfyUI imports it."""
+    put_comfyui_first(comfyui)
+    import comfy.cli_args
+    comfy.cli_args.args.cpu = True
+    name = import_pack().__name__
+    load = importlib.import_module(f"{name}.nodes.comfy_bridge.load")
+    error = importlib.import_module(f"{name}.wanlite_model.errors").WanLiteError
+    return Target(name="open_model in ComfyUI", kinds=(*WANS, *PACKED), read=load.open_model, check=_check), error
+
+
+def _check(place: Place, model: Any) -> None:
+    found = model.model.diffusion_model.state_dict()
+    dtype = next(iter(found.values())).dtype
+    files = [place.path] if place.path.is_file() else place.files(".safetensors")
+    names = {name for name, value in found.items() if value.is_floating_point() and not name.endswith(SCALES)}
+    tensors = {name: value.to(dtype) for name, value in honest(files).items()}
+    if missing := names - tensors.keys():
+        raise Wrong(f"{min(missing)} is not in the file")
+    if place.kind in PACKED:            # it keeps them packed
+        return
+    alike({name: found[name] for name in names}, {name: tensors[name] for name in names})          # what else a quantised file holds is ComfyUI's to judge
+    if place.same:
+        alike(found, {name: value.to(dtype) for name, value in reference(place).items()})
