@@ -104,7 +104,7 @@ def stock_graph(server: ComfyServer) -> dict:
     replaced = {key for key, node in prompt.items() if node["class_type"] in ("CLIPLoader", "CLIPTextEncode")}
     bank = {"class_type": "WanLiteEncodePrompts", "_meta": {"title": "Prompt bank"},
             "inputs": {"prompts": "", "prompt_file": "none", "template": "{prompt}", "negative": "", "bank": f"input/{BANK}", "save_as": "",
-                       "preview": 1}}
+                       "preview": 1, "folder": "none", "show": "first frame"}}
     prompt = {key: node for key, node in prompt.items() if key not in replaced} | {"bank": bank}
     for node in prompt.values():
         for output, name in ((1, "positive"), (2, "negative")):

@@ -121,7 +121,8 @@ def _still_convolutions() -> Iterator[None]:
     causal = CausalConv3d.forward
 
     def still(self, x, cache_x=None, cache_list=None, cache_idx=None):                  # [B, C, 1, H, W]
-        return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=self._padding[0])[:, :, None]
+        around = self.kernel_size[-1] // 2          # where a ComfyUI keeps its padding differs from version to version
+        return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=around)[:, :, None]
 
     CausalConv3d.forward = still
     try:

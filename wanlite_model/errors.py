@@ -1,5 +1,8 @@
 """The one error type a user can meet."""
 
+LONGEST = 800           # characters of a line; it may quote what a stranger wrote
+MOST_LINES = 40
+
 
 class WanLiteError(ValueError):
     """What was found, what was expected, and what to do next, as sentences a user reads in the graph.
@@ -8,5 +11,12 @@ class WanLiteError(ValueError):
     """
 
     def __init__(self, found: str, expected: str = "", fix: str = "") -> None:
-        self.found, self.expected, self.fix = found, expected, fix
-        super().__init__(" ".join(part.strip() for part in (found, expected, fix) if part.strip()))
+        self.found, self.expected, self.fix = (_shown(part.strip()) for part in (found, expected, fix))
+        super().__init__(" ".join(part for part in (self.found, self.expected, self.fix) if part))
+
+
+def _shown(part: str) -> str:
+    """In characters that can be written anywhere, each line without the middle of what is too long to be read."""
+    lines = part.split("\n")[:MOST_LINES]
+    lines = [line if len(line) <= LONGEST else f"{line[:LONGEST // 2]} … {line[-LONGEST // 4:]}" for line in lines]
+    return "\n".join("".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line) for line in lines)
