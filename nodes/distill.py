@@ -35,7 +35,7 @@ class WanLiteDistill(io.ComfyNode):
                                        "effect. Presets can follow each other: the student of one is the student to train for the next."),
                 io.Float.Input("cfg", default=5.0, min=1.0, max=100.0, step=0.1,
                                tooltip="The teacher's guidance scale. 1 asks it without guidance; if that is because it was made for few steps, "
-                                       "set teacher_steps in WanLite Recipe to their number too."),
+                                       "set teacher_steps in WanLite Recipe to their number too. Of two experts it is both's."),
                 io.Float.Input("minutes", default=30.0, min=0.0, max=1e6, step=0.1,
                                tooltip="Length of the whole job in minutes, of which up to 40% go into asking the teacher. Counts when steps "
                                        "is 0. A run that is asked for more goes on with another leg; asked for less it ends at its next evaluation. "

@@ -58,14 +58,14 @@ class Wanted:
 
     def check(self, clip: Any, preview: int, save_as: str) -> None:
         """Raises WanLiteError when a text has to be encoded and nothing is there to do it, when there is no prompt `preview`, or when
-        another bank has the name `save_as`.
+        another bank has the name `save_as` (with pictures that shows when they are encoded).
         """
         if self.missing and clip is None:
             raise WanLiteError(f"{len(self.missing)} texts are in no bank (first: {self.missing[0][:60]!r}) and no CLIP is connected.", "",
                                "Connect WAN's text encoder, or choose a bank that holds these prompts and this negative prompt.")
         check_preview(preview, len(self.prompts))
         path = _bank_path(save_as) if save_as else None
-        if path is not None and path.exists() and (self.missing or self.items or not _same(PromptBank.load(path), self._bank(self.known))):
+        if path is not None and path.exists() and not self.items and (self.missing or not _same(PromptBank.load(path), self._bank(self.known))):
             raise _taken(path)
 
     def encode(self, clip: Any) -> Generator[int, None, PromptBank]:

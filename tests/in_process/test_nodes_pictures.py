@@ -152,6 +152,16 @@ def test_the_folder_is_read_again_when_a_file_changes(folder, node, comfyui):
     assert node.fingerprint_inputs(folder=name) != before
 
 
+def test_a_saved_folder_can_be_queued_again(folder, node, vae, refused):
+    name = folder({"a.png": picture(1), "a.txt": "a"})
+    given = {"clip": TextEncoder(), "folder": name, "vae": vae, "latent": empty_latent(64, 64, 5), "save_as": "kept pictures"}
+    call(node, **given)
+    call(node, **given)
+    folder({"a.png": picture(200)})
+    with refused("kept pictures is already there"):
+        call(node, **given)
+
+
 def bad_folders():
     return {
         "nothing in it": ({}, {}, "no picture and no clip"),

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 
 import gguf
 import pytest
@@ -252,6 +253,13 @@ def test_the_card_says_nothing_that_was_not_said():
 def test_the_card_of_one_of_two_experts_says_which_noise_is_its_own():
     text = model_card("cats", Stated(), config=ONE_THREE, card=StudentCard(expert="low", boundary=0.875), layout="folder", dtype=None)
     assert "| noise levels | below sigma 0.875 only: the other expert of 2.2 A14B has the rest |" in text
+
+
+@pytest.mark.parametrize("change, expert, words", [
+    ({}, {}, "WanPipeline.from_pretrained"), ({"in_dim": 36, "model_type": "i2v"}, {}, "WanImageToVideoPipeline.from_pretrained"),
+    ({}, {"expert": "high", "boundary": 0.875}, ", transformer=transformer"), ({}, {"expert": "low", "boundary": 0.875}, ", transformer_2=transformer")])
+def test_the_code_for_diffusers_puts_a_student_where_it_belongs(change, expert, words):
+    assert words in model_card("cats", Stated(), config=replace(ONE_THREE, **change), card=StudentCard(**expert), layout="diffusers folder", dtype=None)
 
 
 def test_the_yaml_of_a_card_is_yaml():

@@ -72,7 +72,7 @@ def model_card(name: str, stated: Stated, *, config: WanConfig, card: StudentCar
         *(_measured(card) if card and card.measured else []),
         "## How to open it", "", "| reader | how |", "|---|---|",
         *(f"| {reader.name} | {'not: ' + reader.why_not if reader.why_not else reader.how} |" for reader in readers(config, layout, "bf16")), "",
-        *(_pipeline() if layout == "diffusers folder" else []),
+        *(_pipeline(config, card) if layout == "diffusers folder" else []),
     ]
     return "\n".join(lines)
 
@@ -127,7 +127,10 @@ def _measured(card: StudentCard) -> list[str]:
     return ["## What was measured", "", "| what | value |", "|---|---|", *rows, ""]
 
 
-def _pipeline() -> list[str]:
-    return ["```python", "from diffusers import WanPipeline, WanTransformer3DModel", "",
+def _pipeline(config: WanConfig, card: StudentCard | None) -> list[str]:
+    """diffusers has a pipeline of its own for pictures, and calls the expert of low noise its second transformer."""
+    kind = "WanImageToVideoPipeline" if config.in_dim != config.out_dim else "WanPipeline"
+    place = "transformer_2" if card and card.expert == "low" else "transformer"
+    return ["```python", f"from diffusers import {kind}, WanTransformer3DModel", "",
             'transformer = WanTransformer3DModel.from_pretrained("this folder")',
-            'pipeline = WanPipeline.from_pretrained("the base model, in diffusers\' layout", transformer=transformer)', "```", ""]
+            f'pipeline = {kind}.from_pretrained("the base model, in diffusers\' layout", {place}=transformer)', "```", ""]
