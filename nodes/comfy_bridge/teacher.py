@@ -29,7 +29,8 @@ PREFIX = "diffusion_model."
 PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 # What ComfyUI calls the kinds that a student cannot be made of yet: each is told more than text and pictures.
 VARIANTS = {"WAN21_Vace": "VACE", "WAN21_Camera": "Fun Camera", "WAN21_HuMo": "HuMo", "WAN22_Animate": "Animate", "WAN22_S2V": "S2V",
-            "WAN21_SCAIL": "SCAIL", "WAN21_FlowRVS": "FlowRVS", "WAN22_WanDancer": "WanDancer"}
+            "WAN21_SCAIL": "SCAIL", "WAN21_FlowRVS": "FlowRVS", "WAN22_WanDancer": "WanDancer",
+            "WAN21_CausalAR": "CausalAR", "WAN21_SCAIL2": "SCAIL-2", "WAN_Animate2": "Animate 2"}
 BY_CHANNELS = {48: "Fun Control", 52: "Fun Control", 32: "Fun Camera"}
 SUPPORTED = {"WAN21": {(16, 16), (36, 16)}, "WAN22": {(48, 48)}}          # channels in and out
 
