@@ -26,14 +26,14 @@ def comfy_target(comfyui: Path) -> tuple[Target, type[Exception]]:
 
 def _check(place: Place, model: Any) -> None:
     found = model.model.diffusion_model.state_dict()
-    dtype = next(iter(found.values())).dtype
     files = [place.path] if place.path.is_file() else place.files(".safetensors")
     names = {name for name, value in found.items() if value.is_floating_point() and not name.endswith(SCALES)}
-    tensors = {name: value.to(dtype) for name, value in honest(files).items()}
+    tensors = honest(files)
     if missing := names - tensors.keys():
         raise Wrong(f"{min(missing)} is not in the file")
     if place.kind in PACKED:            # it keeps them packed
         return
-    alike({name: found[name] for name in names}, {name: tensors[name] for name in names})          # what else a quantised file holds is ComfyUI's to judge
+    # What else a quantised file holds is ComfyUI's to judge. It keeps weights in a dtype of its own choice, which may be another for some of them.
+    alike({name: found[name] for name in names}, {name: tensors[name].to(found[name].dtype) for name in names})
     if place.same:
-        alike(found, {name: value.to(dtype) for name, value in reference(place).items()})
+        alike(found, {name: value.to(found[name].dtype) for name, value in reference(place).items()})
