@@ -4,6 +4,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from .comfy_bridge import sampling
+from .comfy_bridge.choices import EVERY_LEVEL, HIGH, LOW, WHOLE
 from .report import told
 from .sockets import Prompts
 
@@ -36,6 +37,13 @@ class WanLiteCompare(io.ComfyNode):
                 io.Int.Input("clips", default=2, min=1, max=64, tooltip="How many prompts, from the first on, are sampled and measured."),
                 io.Int.Input("noise_number", default=0, min=0, max=2**31 - 1,
                              tooltip="Another number, other noise; the same for every MODEL."),
+                io.Combo.Input("expert", options=[WHOLE, HIGH, LOW, EVERY_LEVEL], default=WHOLE,
+                               tooltip="For 2.2 A14B: which of its two experts these MODELs are."),
+                io.Model.Input("other_expert", optional=True,
+                               tooltip="The other file of 2.2 A14B. It makes the steps on its side of every clip, as many as the teacher's steps have there, at the "
+                                       "teacher's cfg."),
+                io.Float.Input("boundary", default=0.0, min=0.0, max=0.999, step=0.001,
+                               tooltip="Of two experts: the sigma at which the one of low noise takes over. 0: WAN's own (0.875 for text, 0.9 for pictures)."),
             ],
             outputs=[io.Image.Output(display_name="images", tooltip="Frames of all clips, one MODEL beside the other."),
                      io.String.Output(display_name="metrics", tooltip="Size, speed and closeness of each MODEL, in words."),
@@ -46,11 +54,12 @@ class WanLiteCompare(io.ComfyNode):
 
     @classmethod
     def execute(cls, teacher: Any, student: Any, prompts: Any, vae: Any, latent: dict, sampler: str, scheduler: str, clips: int,
-                noise_number: int, third: Any = None, **settings: Any) -> io.NodeOutput:
-        from .comfy_bridge.compare import Contender, compare
+                noise_number: int, expert: str, boundary: float, third: Any = None, other_expert: Any = None, **settings: Any) -> io.NodeOutput:
+        from .comfy_bridge.clips import How, contenders
+        from .comfy_bridge.compare import compare
         models = {"teacher": teacher, "student": student, **({"third": third} if third is not None else {})}
-        contenders = [Contender.of(who, model, settings[f"{who}_steps"], settings[f"{who}_cfg"]) for who, model in models.items()]
-        result = compare(contenders, prompts=prompts, vae=vae, latent=latent, sampler=sampler, scheduler=scheduler, clips=clips,
-                         noise_number=noise_number, node_id=cls.hidden.unique_id)
+        asked = {who: (model, settings[f"{who}_steps"], settings[f"{who}_cfg"]) for who, model in models.items()}
+        result = compare(contenders(asked, other_expert, expert, boundary), prompts=prompts, vae=vae, latent=latent, how=How(sampler, scheduler),
+                         clips=clips, noise_number=noise_number, node_id=cls.hidden.unique_id)
         first, second = result.measured[:2]
         return io.NodeOutput(result.images, result.text, first.seconds, second.seconds, second.bytes, ui=told("Compare", result.text))

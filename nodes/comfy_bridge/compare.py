@@ -1,54 +1,25 @@
 """Clips of several MODELs from the same noise, by ComfyUI's own sampling, and what they cost."""
 from __future__ import annotations
 
-import hashlib
 import math
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import comfy.model_management
-import comfy.sample
 import numpy
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ...wanlite_model.cond import Shown
-from ...wanlite_model.config import WanConfig
 from ...wanlite_model.errors import WanLiteError
-from ...wanlite_model.files import replace_file
 from ...wanlite_model.prompts import PromptBank
-from ...wanlite_model.roles import is_expert
-from . import folders
-from .conditions import conditioning, still_frames
+from .clips import Contender, How, drawn
 from .latents import shape_of
 from .runtime import Bar
-from .teacher import ComfyTeacher, check_variant, config_of
 
 LABEL = 28          # height of the line of text above the pictures
 GAP = 4
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Contender:
-    """One MODEL and how it is sampled."""
-    name: str
-    model: Any
-    steps: int
-    cfg: float
-    config: WanConfig
-
-    @classmethod
-    def of(cls, name: str, model: Any, steps: int, cfg: float) -> Contender:
-        """Raises WanLiteError unless the MODEL is a WAN that students can be made of."""
-        check_variant(model)
-        return cls(name=name, model=model, steps=steps, cfg=cfg, config=config_of(model.model.diffusion_model))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,8 +45,8 @@ class Comparison:
     measured: tuple[Measured, ...]
 
 
-def compare(contenders: Sequence[Contender], *, prompts: PromptBank, vae: Any, latent: dict, sampler: str, scheduler: str, clips: int,
-            noise_number: int, node_id: str | None) -> Comparison:
+def compare(contenders: Sequence[Contender], *, prompts: PromptBank, vae: Any, latent: dict, how: How, clips: int, noise_number: int,
+            node_id: str | None) -> Comparison:
     """Samples the first `clips` prompts with each. Raises WanLiteError when there are fewer prompts, or the LATENT is not WAN's."""
     shape = shape_of(latent, contenders[0].config.out_dim)
     if clips > len(prompts):
@@ -84,10 +55,9 @@ def compare(contenders: Sequence[Contender], *, prompts: PromptBank, vae: Any, l
     videos: list[list[Tensor]] = []
     measured: list[Measured] = []
     for one in contenders:
-        # The teacher stays the same from one student to the next: its clips are kept.
-        shelf = Shelf.of(one.model, (one.steps, one.cfg, sampler, scheduler, shape)) if one is contenders[0] else None
         found = []
-        for clip in _drawn(one, prompts, shape, sampler, scheduler, clips, noise_number, shelf):
+        # The teacher stays the same from one student to the next: its clips are kept.
+        for clip in drawn(one, prompts, shape, how, clips, noise_number, keep=one is contenders[0]):
             found.append(clip)
             bar.show("comparing", done := done + 1, clips * len(contenders))
         videos.append([_frames(vae, clip.latents) for clip in found])
@@ -98,84 +68,6 @@ def compare(contenders: Sequence[Contender], *, prompts: PromptBank, vae: Any, l
     labels = [f"{one.name}: {one.steps} steps, cfg {one.cfg:g}, {m.seconds:.2f} s" for one, m in zip(contenders, measured)]
     images = torch.cat([_beside([own[i] for own in videos], labels) for i in range(clips)])
     return Comparison(images=images, text=_text(contenders, measured, shape, clips), measured=tuple(measured))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Clip:
-    """latents [1, C, T, H, W] in VAE space, seconds of sampling them; kept: whether they were made for an earlier comparison."""
-    latents: Tensor
-    seconds: float
-    kept: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shelf:
-    """Clips of one MODEL with one way of sampling, on disk."""
-    key: str
-
-    @classmethod
-    def of(cls, model: Any, how: tuple) -> Shelf | None:
-        """None where the MODEL does more than its weights say, or cannot be told from others."""
-        try:
-            teacher = ComfyTeacher(model)
-        except WanLiteError:
-            return None
-        return None if teacher.left_out else cls(key=f"{teacher.fingerprint} {teacher.shift} {how}")
-
-    def place(self, prompts: PromptBank, index: int, number: int) -> Path:
-        negative = prompts.negative
-        told = hashlib.sha256(f"{self.key} {number} {prompts.key(index)} {tuple(negative.shape)}".encode())
-        told.update(negative.float().contiguous().numpy().tobytes())
-        return folders.output_folder("cache") / "compare" / f"{told.hexdigest()[:24]}.safetensors"
-
-
-def _read(place: Path) -> Clip | None:
-    """A kept clip, or None when it is not there or not whole."""
-    try:
-        with safe_open(place, "pt") as stored:
-            return Clip(latents=stored.get_tensor("latents").clone(), seconds=float(stored.metadata()["seconds"]), kept=True)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        return None
-
-
-def _drawn(one: Contender, prompts: PromptBank, shape: tuple[int, ...], sampler: str, scheduler: str, clips: int, noise_number: int,
-           shelf: Shelf | None) -> Iterator[Clip]:
-    """Each clip; before the first that is sampled there is one step that nobody times: it loads the model and warms it."""
-    prompts = prompts.fitted(one.config, shape)
-    device = comfy.model_management.intermediate_device()
-
-    def sample(index: int, steps: int) -> Tensor:
-        shown = prompts.shown[index] if prompts.shown else Shown()
-        start, mask = still_frames(shown, shape)
-        noise = comfy.sample.prepare_noise(start, noise_number + index)
-        positive, negative = (conditioning(context, shown) for context in (prompts.contexts[index], prompts.negative))
-        return comfy.sample.sample(one.model, noise, steps, one.cfg, sampler, scheduler, positive, negative, start.to(device), noise_mask=mask,
-                                   seed=noise_number + index, disable_pbar=True)
-
-    warm = False
-    for index in range(clips):
-        place = shelf and shelf.place(prompts, index, noise_number + index)
-        if place and (kept := _read(place)) is not None:
-            yield kept
-            continue
-        if not warm:
-            sample(0, 1)
-            warm = True
-        _finish()
-        begun = time.perf_counter()
-        drawn = sample(index, one.steps)
-        _finish()
-        clip = Clip(latents=drawn, seconds=time.perf_counter() - begun)
-        if place:
-            told = {"seconds": f"{clip.seconds:.6f}"}
-            replace_file(place, lambda path: save_file({"latents": drawn.cpu().contiguous()}, path, metadata=told))
-        yield clip
-
-
-def _finish() -> None:
-    """Waits for the device: it works behind our back."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _frames(vae: Any, latents: Tensor) -> Tensor:
@@ -227,7 +119,7 @@ def _beside(videos: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
 
 
 def _text(contenders: Sequence[Contender], measured: Sequence[Measured], shape: tuple[int, ...], clips: int) -> str:
-    first, lines = measured[0], []
+    first, first_of, lines = measured[0], contenders[0], []
     for one, m in zip(contenders, measured):
         line = (f"{m.name}: {one.steps} steps, cfg {one.cfg:g}; {m.parameters / 1e6:,.2f} M parameters, {m.bytes / 2**20:,.1f} MiB; "
                 f"{m.seconds:.3f} s a clip (warm, median of {clips})")
@@ -238,6 +130,7 @@ def _text(contenders: Sequence[Contender], measured: Sequence[Measured], shape: 
         lines.append(f"{line}.")
     if first.kept:
         lines.append(f"{first.kept} of the teacher's clips and their seconds are of an earlier comparison.")
-    if any(is_expert(one.config) for one in contenders):
-        lines.append("One of these is an expert of 2.2 I2V-A14B, sampled at every noise level by itself: compare experts in the workflow that is saved with a student.")
+    if first_of.role and first_of.other:
+        lines.append(f"Of each clip these make the part of {first_of.role.side} noise, and one and the same other expert the rest, along {first_of.other.steps} "
+                     f"steps at cfg {first_of.other.cfg:g}: seconds are of both.")
     return "\n".join((*lines, f"{clips} clips of latent size {' x '.join(map(str, shape))}, the same noise for all."))

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...wanlite_model.config import WanConfig
 from ...wanlite_model.errors import WanLiteError
 from ...wanlite_model.experts import Other
 from ...wanlite_model.formats.card import StudentCard
@@ -11,7 +12,8 @@ from .choices import AS_MADE, EVERY_LEVEL, SIDE_OF, WHOLE
 from .teacher import ComfyTeacher
 
 LARGE = 5120            # width of a 14B
-HOW = f"Choose its side as the expert and connect the other MODEL; or '{EVERY_LEVEL}', to make a student of the low one alone (for single pictures, for instance)."
+HOW = (f"Choose its side as the expert and connect the other MODEL; or '{EVERY_LEVEL}', where the low one makes all steps alone (of single pictures, for "
+       "instance).")
 
 
 def other_of(teacher: ComfyTeacher, other: Any, choice: str, boundary: float = 0.0, card: StudentCard | None = None) -> Other | None:
@@ -19,6 +21,18 @@ def other_of(teacher: ComfyTeacher, other: Any, choice: str, boundary: float = 0
 
     Raises WanLiteError when it was not said, was said otherwise when the student was made, or the other expert is not there.
     """
+    # A student of this teacher that is not on a side was made at every level, or of a whole WAN: that has been said.
+    said = choice == AS_MADE and other is None and card is not None and not card.expert and card.teacher_fingerprint == teacher.fingerprint
+    role = role_of(teacher.config, other, EVERY_LEVEL if said else choice, boundary, card)
+    if role is None:
+        return None
+    found = Other(teacher=ComfyTeacher(other), role=role)
+    found.beside(teacher)               # refused here, in the node's first second
+    return found
+
+
+def role_of(config: WanConfig, other: Any, choice: str, boundary: float = 0.0, card: StudentCard | None = None) -> Role | None:
+    """Which of two experts a MODEL is, from what was chosen and whether the other one is connected; as other_of says."""
     made, told = (card.expert if card else ""), SIDE_OF.get(choice, "")
     if made and told and made != told or made and choice in (WHOLE, EVERY_LEVEL):
         raise WanLiteError(f"The student was made as the expert of {made} noise, and '{choice}' is chosen.", "", f"Choose '{AS_MADE}', or create the student anew.")
@@ -29,16 +43,14 @@ def other_of(teacher: ComfyTeacher, other: Any, choice: str, boundary: float = 0
     if not side:
         if other is not None:
             raise WanLiteError("A second expert is connected, and it was not said which of the two is taught.", "Their files look alike.", HOW)
-        if is_expert(teacher.config) and choice != EVERY_LEVEL:
+        if is_expert(config) and choice != EVERY_LEVEL:
             raise WanLiteError("This MODEL is one of the two experts of 2.2 I2V-A14B, and it was not said which.",
                                "Each is right on its own side of the boundary alone.", HOW)
         return None
     if other is None:
-        raise WanLiteError(f"The expert of {side} noise is to be taught, and the other one is not connected.", "A video is made by both, one after the other.",
+        raise WanLiteError(f"The expert of {side} noise is chosen, and the other one is not connected.", "A video is made by both, one after the other.",
                            f"Connect the MODEL of the expert of {'low' if side == 'high' else 'high'} noise as the other expert.")
-    found = Other(teacher=ComfyTeacher(other), role=Role(side=side, boundary=boundary or (card.boundary if card else 0.0) or boundary_of(teacher.config)))
-    found.beside(teacher)               # refused here, in the node's first second
-    return found
+    return Role(side=side, boundary=boundary or (card.boundary if card else 0.0) or boundary_of(config))
 
 
 def expert_note(teacher: ComfyTeacher, other: Other | None, choice: str) -> tuple[str, ...]:

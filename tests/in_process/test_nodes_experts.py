@@ -48,10 +48,10 @@ def students(models, bank, pack):
     return made
 
 
-def two_samplers(comfyui, high, low, bank, pack, cfgs, switch):
+def two_samplers(comfyui, high, low, bank, pack, cfgs, switch, prompt=None):
     """The stock graph: the high expert's steps with its noise left over, then the low expert's without new noise."""
     told = pack("nodes.comfy_bridge.conditions").conditioning
-    positive, negative = told(bank.contexts[bank.held_out[0]]), told(bank.negative)
+    positive, negative = told(bank.contexts[bank.held_out[0] if prompt is None else prompt]), told(bank.negative)
     sampler = comfyui.nodes.KSamplerAdvanced()
     with torch.inference_mode():
         (half,) = sampler.sample(high, "enable", 5, STEPS, cfgs[0], "euler", "simple", positive, negative, LATENT, 0, switch, "enable")
@@ -75,6 +75,47 @@ def test_each_student_takes_its_teachers_place(comfyui, models, students, bank, 
     both = relative(clip(students["high"][0], students["low"][0], 1.0, 1.0), teacher)
     neither = relative(clip(models["high"], models["low"], 1.0, 1.0), teacher)
     assert both < 0.6 * neither, (both, neither)
+
+
+def frames(images, place):
+    """Those of one MODEL, without the line of text above them."""
+    return images[:, 28:, place * 68:place * 68 + 64]
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_compare_samples_both_experts_as_the_stock_graph_does(side, comfyui, models, students, bank, vae, pack):
+    settings = {"teacher_steps": STEPS, "teacher_cfg": CFG, "student_steps": STEPS, "student_cfg": 1.0, "clips": 2, "noise_number": 5}
+    given = {"teacher": models[side], "student": students[side][0], "prompts": bank, "vae": vae, "latent": LATENT, "expert": f"{side} noise",
+             "other_expert": models[others(side)]}
+    images, text, *_ = call(pack("nodes.compare").WanLiteCompare, **given, **settings)
+    first = images[:len(images) // 2]
+    assert f"make the part of {side} noise" in text and "one and the same other expert the rest, along 6 steps at cfg 2" in text
+    for place, its in enumerate(({side: (models[side], CFG)}, {side: (students[side][0], 1.0)})):
+        pair = {others(side): (models[others(side)], CFG), **its}
+        (high, high_cfg), (low, low_cfg) = pair["high"], pair["low"]
+        latents = two_samplers(comfyui, high, low, bank, pack, (high_cfg, low_cfg), switch=3, prompt=0)
+        with torch.inference_mode():
+            (pictures,) = comfyui.nodes.VAEDecode().decode(vae, {"samples": latents})
+        torch.testing.assert_close(frames(first, place), pictures.clamp(0, 1), atol=1e-4, rtol=0)
+    again = call(pack("nodes.compare").WanLiteCompare, **given, **settings)[1]
+    assert "2 of the teacher's clips" in again
+    moved = call(pack("nodes.compare").WanLiteCompare, **given, **settings, boundary=0.95)
+    assert "earlier comparison" not in moved[1] and not torch.equal(frames(moved[0], 0), frames(images, 0))
+
+
+def test_steps_of_the_experts_meet_at_the_taught_ones_level(models, pack):
+    clips = pack("nodes.comfy_bridge.clips")
+    asked = {"teacher": (models["high"], 7, CFG), "student": (models["high"], 4, 1.0)}
+    how = clips.How("euler", "simple")
+    teacher, student = clips.contenders(asked, models["low"], "high noise", 0.0)
+    [(first, own), (second, rest)] = student.parts(how)
+    assert (first.model, first.cfg, second.model, second.cfg) == (models["high"], 1.0, models["low"], CFG)
+    whole = teacher.parts(how)
+    assert own[-1] == rest[0] < 0.875 < own[-2] and len(own) == 3
+    assert torch.equal(rest[1:], torch.cat([part for _, part in whole])[-len(rest) + 1:]) and len(whole[0][1]) + len(whole[1][1]) == 9
+    low = clips.contenders({"teacher": (models["low"], 7, CFG), "student": (models["low"], 4, 1.0)}, models["high"], "low noise", 0.0)[1]
+    [(first, rest), (second, own)] = low.parts(how)
+    assert (first.model, first.cfg, second.model) == (models["high"], CFG, models["low"]) and rest[-1] == own[0] < 0.875 < rest[-2] and len(own) == 3
 
 
 def test_both_jobs_asked_the_teachers_once(comfyui, students):
@@ -112,6 +153,9 @@ def test_a_graph_that_does_not_say_which_is_refused(what, models, bank, pack, re
     start, _ = call(pack("nodes.student").WanLiteCreateStudent, model=models["high"], prompts=bank, latent=LATENT, preset="1/2 of the blocks")
     with refused(words):
         call(pack("nodes.distill").WanLiteDistill, student=start, model=models["high"], prompts=bank, latent=LATENT, preset="slim", run_name="wrong", **given)
+    if what != "twice the same":        # which is nonsense, and harmless
+        with refused(words):
+            call(pack("nodes.compare").WanLiteCompare, teacher=models["high"], student=models["high"], prompts=bank, vae=None, latent=LATENT, **given)
 
 
 def test_a_student_keeps_to_the_side_that_it_was_made_for(models, bank, pack, refused):
@@ -144,3 +188,8 @@ def test_an_i2v_expert_is_never_taken_for_a_whole_wan(comfyui, bank, pack, refus
         call(pack("nodes.student").WanLiteCreateStudent, **given)
     start, _ = call(pack("nodes.student").WanLiteCreateStudent, **given, expert="low noise, at every level")
     assert start.card.expert == ""
+    find, teacher = pack("nodes.comfy_bridge.experts").other_of, pack("nodes.comfy_bridge.teacher").ComfyTeacher(model)
+    assert find(teacher, None, "as the student was made", card=start.card) is None
+    for unsaid in (None, pack("wanlite_model.formats.card").StudentCard(teacher_fingerprint="0")):
+        with refused("one of the two experts of 2.2 I2V-A14B"):
+            find(teacher, None, "as the student was made", card=unsaid)

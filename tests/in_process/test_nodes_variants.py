@@ -71,7 +71,7 @@ def test_a_student_comes_out_that_stock_nodes_sample(comfyui, kind, model, encod
     again, opened = call(pack("nodes.student").WanLiteLoadStudent, name=file)
     assert again.config.to_json() == student.config.to_json() and again.config.model_type == KINDS[kind]["model_type"]
     images, told, *_ = call(pack("nodes.compare").WanLiteCompare, teacher=model, student=opened, prompts=bank, vae=Pixels(), latent=latent,
-                            teacher_steps=4, teacher_cfg=2.0, student_steps=4, clips=2)
+                            teacher_steps=4, teacher_cfg=2.0, student_steps=4, clips=2, **expert)
     assert torch.isfinite(images).all() and "times as fast" in told
     x = torch.randn(1, channels(kind), 3, 8, 8, generator=torch.Generator().manual_seed(1))
     velocities = [pack("nodes.comfy_bridge.teacher").ComfyTeacher(one).velocity(x, torch.tensor([0.7]), bank.cond([0])) for one in (trained, opened)]
