@@ -52,8 +52,8 @@ class Training:
     @classmethod
     def of(cls, *, student: StudentHandle, model: Any, prompts: PromptBank, latent: dict, sigmas: Tensor | None, preset: str,
            changes: Mapping[str, Any], vae: Any, expert: str, other_expert: Any, **settings: Any) -> Training:
-        """changes: to the preset's recipe, levers among them, a LoRA's name to start from, and the boundary between two experts. settings: of DistillJob. Raises WanLiteError when the
-        parts do not belong together.
+        """changes: to the preset's recipe, levers among them, a LoRA's name to start from, and the boundary between two experts. settings: of
+        DistillJob. Raises WanLiteError when the parts do not belong together.
         """
         teacher = ComfyTeacher(model)
         its = teacher.config
@@ -62,8 +62,8 @@ class Training:
         boundary = changes.pop("boundary", 0.0)
         other = other_of(teacher, other_expert, expert, boundary, student.card)
         if boundary and other is None:
-            raise WanLiteError(f"boundary is {boundary:g} in WanLite Recipe, and no other expert is connected.", "It is where one of two experts takes over from the other.",
-                               "Set it to 0, or choose the expert and connect the other one.")
+            raise WanLiteError(f"boundary is {boundary:g} in WanLite Recipe, and no other expert is connected.",
+                               "It is where one of two experts takes over from the other.", "Set it to 0, or choose the expert and connect the other one.")
         levers = LeverSettings(**{field.name: changes.pop(field.name) for field in fields(LeverSettings) if field.name in changes})
         start_from = None if lora is None else read_lora(folders.lora_path(lora), student.config)
         shape, latents = shape_of(latent, its.out_dim), training_latents(latent, model, its.out_dim)
@@ -76,7 +76,8 @@ class Training:
             raise WanLiteError(f"The preset '{preset}' is for one frame and the LATENT has {4 * (shape[1] - 1) + 1}.", "",
                                "Set length to 1 on the empty latent, or choose a preset for video.")
         job = DistillJob(student=student.fingerprint, teacher=teacher.fingerprint, prompts=prompts.fingerprint, shape=shape,
-                         role=None if other is None else other.role, other="" if other is None else other.teacher.fingerprint, shift=teacher.shift, latents=latents_fingerprint(latents), recipe=replace(chosen.recipe, **changes), levers=levers,
+                         role=None if other is None else other.role, other="" if other is None else other.teacher.fingerprint, shift=teacher.shift,
+                         latents=latents_fingerprint(latents), recipe=replace(chosen.recipe, **changes), levers=levers,
                          fold_guidance=chosen.fold_guidance, start_from="" if start_from is None else lora_fingerprint(start_from),
                          sigmas=None if sigmas is None else tuple(float(sigma) for sigma in sigmas), **settings)
         its_own = replace(job, sigmas=None).student_steps
@@ -84,7 +85,8 @@ class Training:
             raise WanLiteError(f"The SIGMAS have {job.student_steps} steps and the student is to have {its_own}.",
                                "With a few-step preset they are the student's own noise levels.",
                                f"Connect SIGMAS of {its_own} steps, or leave the input open.")
-        return cls(job=job, teacher=teacher, model=model, student=student, prompts=prompts, latents=latents, vae=vae, start_from=start_from, other=other, remark=expert_note(teacher, other, expert))
+        return cls(job=job, teacher=teacher, model=model, student=student, prompts=prompts, latents=latents, vae=vae, start_from=start_from, other=other,
+                   remark=expert_note(teacher, other, expert))
 
     @property
     def notes(self) -> tuple[str, ...]:

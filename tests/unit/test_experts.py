@@ -11,13 +11,12 @@ from wanlite_model import flow
 from wanlite_model.compress.build import create_student
 from wanlite_model.compress.importance import make_probe
 from wanlite_model.distill import inputs
-from wanlite_model.distill.asking import asked_of
 from wanlite_model.distill.checkpoint import RunFolder
-from wanlite_model.distill.data import TeacherCache, plan_units
+from wanlite_model.distill.data import REUSE, TeacherCache, plan_units
 from wanlite_model.distill.events import Eval, Finished, Sample, Step
 from wanlite_model.distill.inputs import Inputs
 from wanlite_model.distill.job import DistillJob
-from wanlite_model.distill.paths import own_sigmas, own_turns, rollout_sigmas, student_sigmas
+from wanlite_model.distill.paths import asked_of, own_sigmas, own_turns, rollout_sigmas, student_sigmas, taught_states
 from wanlite_model.distill.trainer import run
 from wanlite_model.errors import WanLiteError
 from wanlite_model.experts import ExpertPair, Other
@@ -113,6 +112,16 @@ def test_an_expert_is_taught_its_own_teachers_answers_on_its_own_side(pair, side
     assert (job.role.owns(held.sigma) | ((held.sigma - BOUNDARY).abs() <= OVERLAP)).all()
 
 
+@pytest.mark.parametrize("recipe", [VELOCITY, TRAJECTORY])
+@pytest.mark.parametrize("side", ["high", "low"])
+def test_an_expert_sees_its_states_as_often_as_a_whole_wan_does(pair, side, recipe):
+    """The states of the other side are in the same files, and do not count."""
+    job = pair.job(side, recipe, steps=200)
+    units = plan_units(job, pair.bank, None)
+    taught = sum(len(states) for unit in units for states in taught_states(job, unit.index))
+    assert job.steps * job.recipe.batch_size / taught == pytest.approx(REUSE, rel=0.1)
+
+
 @pytest.mark.parametrize("side", ["high", "low"])
 def test_the_steps_of_an_expert_are_those_on_its_side(pair, side):
     job = pair.job(side, {**TRAJECTORY, "batch_size": 64, "full_range": 0.3})
@@ -182,6 +191,16 @@ def test_a_prepared_run_has_both_experts_in_its_folder(pair):
     headless = list(run(job, files.path, pair.folder / "fresh cache", teacher, parts.student, parts.prompts, other=other))[-1]
     here = list(pair.events(job, "here"))[-1]
     assert headless.losses == here.losses
+
+
+def test_what_could_not_be_run_is_not_prepared(pair):
+    job, files = pair.job("low"), RunFolder(pair.folder / "half prepared")
+    parts = Inputs(student=pair.students["low"], prompts=pair.bank)
+    with pytest.raises(WanLiteError, match="was given none"):
+        next(inputs.prepare(files, job, parts, pair.teachers["low"], pair.folder / "cache"))
+    with pytest.raises(WanLiteError, match="The job was made for teacher"):
+        next(inputs.prepare(files, job, parts, pair.teachers["high"], pair.folder / "cache", other=pair.teachers["low"]))
+    assert not files.path.exists()
 
 
 def test_the_pair_answers_each_state_by_its_own_expert(pair):

@@ -128,7 +128,8 @@ def create_student(teacher: Teacher, prompts: PromptBank | None, shape: tuple[in
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))       # beside: in the folder there is nothing but starts
     yield from _taken(lock)
     try:
-        return _read(folder / fingerprint) or (yield from _make(teacher, prompts, shape, request, measures, fingerprint, seed=seed, cfg=cfg, other=other, folder=folder))
+        return _read(folder / fingerprint) or (yield from _make(teacher, prompts, shape, request, measures, fingerprint, seed=seed, cfg=cfg, other=other,
+                                                                folder=folder))
     finally:
         lock.release()
 

@@ -103,8 +103,8 @@ class StudentHandle:
             raise
 
     def to_json(self) -> dict[str, Any]:
-        return {"folder": self.folder, "loras": list(self.loras), "same_as": self.same_as, "config": asdict(self.config), "plan": self.plan.to_json(), "fingerprint": self.fingerprint,
-                "card": None if self.card is None else self.card.to_json()}
+        return {"folder": self.folder, "loras": list(self.loras), "same_as": self.same_as, "config": asdict(self.config), "plan": self.plan.to_json(),
+                "fingerprint": self.fingerprint, "card": None if self.card is None else self.card.to_json()}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> StudentHandle:

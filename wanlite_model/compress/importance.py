@@ -52,7 +52,8 @@ def make_probe(teacher: Teacher, prompts: PromptBank, shape: tuple[int, int, int
 
     Of 8 steps a rollout gives `each` (1, 2, 4 or 8) states, evenly apart and one step later in every next rollout, so that any 8 states
     in a row see every sigma. renoised: beside them, how often its end is noised again, half of the times to a sigma anywhere: a shifted path
-    has no low ones. role: of one of two experts, whose side alone the states are of; the teacher is then both. Yields once a forward; raises WanLiteError on a shape that the teacher does not take.
+    has no low ones. role: of one of two experts, whose side alone the states are of; the teacher is then both. Yields once a forward; raises
+    WanLiteError on a shape that the teacher does not take.
     """
     check_shape(teacher, shape)
     together = max(1, TOKENS_AT_ONCE // (2 * tokens(shape)))

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import WanLiteError
-from ..experts import Other
 from ..prompts import PromptBank
 from ..teacher import Teacher
 from .budget import GIB, check_disk
@@ -17,6 +15,7 @@ from .data import TeacherCache, plan_units
 from .events import Stage
 from .inputs import Inputs
 from .job import DistillJob
+from .paths import asked_of
 from .room import clear_cache, in_use, touch
 
 SHARE = 0.4                     # of a job's minutes may go into it
@@ -28,14 +27,6 @@ def fill(job: DistillJob, cache_root: Path, teacher: Teacher, parts: Inputs, sha
     asking = Asking(job=job, root=cache_root, teacher=asked_of(job, teacher, other), prompts=parts.prompts, latents=parts.latents)
     with in_use(cache_root):
         yield from asking.fill(asking.cache(None), shard)
-
-
-def asked_of(job: DistillJob, teacher: Teacher, other: Teacher | None) -> Teacher:
-    """Who makes the teacher's paths: itself, or both experts as one. Raises WanLiteError when the other one is not the job's."""
-    given = "" if other is None else other.fingerprint
-    if given != job.other or (job.role is None) != (other is None):
-        raise WanLiteError(f"The job was made for the other expert {job.other or 'none'} and was given {given or 'none'}.", "", "Build the job from the parts it is run with.")
-    return teacher if other is None else Other(teacher=other, role=job.role).beside(teacher)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

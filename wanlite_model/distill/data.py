@@ -29,10 +29,9 @@ from ..compress.importance import TOKENS_AT_ONCE, tokens
 from ..errors import WanLiteError
 from ..files import replace_file
 from ..prompts import PromptBank
-from ..roles import SIDES
 from ..teacher import Teacher
 from .job import MIN_UNITS, DistillJob
-from .paths import STORED, Answers, own_points, own_sigmas, own_turns, renoised_sigmas, rollout_sigmas, seeded, state_counts, uniform_share, visit
+from .paths import STORED, Answers, own_points, own_sigmas, own_turns, rollout_sigmas, seeded, state_counts, taught_states, uniform_share, visit
 
 VERSION = 4
 REUSE = 2                       # times a state is trained on: more teaches it by heart, fewer asks the teacher too much
@@ -126,12 +125,12 @@ def _wanted(job: DistillJob, items: int) -> int:
     """How many units are worth having, were there time: each prompt once, and so many that no state has to be trained on over and over."""
     if job.matching:
         return max(MIN_UNITS, items)            # to measure on alone: what it learns from is its own
-    each = sum(state_counts(job))
-    most = items * max(1, STATES_OF_PROMPT // each)
+    most = items * max(1, STATES_OF_PROMPT // sum(state_counts(job)))
     if job.steps == 0:
         return max(MIN_UNITS, most)
+    taught = sum(len(states) for index in range(MIN_UNITS) for states in taught_states(job, index)) / MIN_UNITS         # of one unit
     drawn = job.steps * job.recipe.batch_size
-    return max(MIN_UNITS, min(items, drawn), min(most, -(-drawn // (REUSE * each))))
+    return max(MIN_UNITS, min(items, drawn), min(most, math.ceil(drawn / (REUSE * taught))))
 
 
 def _prompt_of(item: int, prompts: PromptBank) -> int:
@@ -271,20 +270,10 @@ class TeacherCache:
         return {"x": noise, "sigma": own_sigmas(self.job)[steps:steps + 1], "rolled": torch.tensor([steps]), **unknown}
 
     def _drawn(self, unit: Unit, kind: float, where: float) -> int:
-        path, renoised = self._rows(unit)
+        path, renoised = taught_states(self.job, unit.index)
         from_path = len(path) > 0 and (len(renoised) == 0 or kind >= self.job.recipe.renoised)
         rows = path if from_path else renoised
         return rows[int(where * len(rows))]
-
-    def _rows(self, unit: Unit) -> tuple[Sequence[int], Sequence[int]]:
-        """Those of a unit that the student is taught: on the teacher's path, and re-noised. An expert's are those that its own teacher answered."""
-        path, renoised, shared = state_counts(self.job)
-        if self.job.role is None:
-            return range(path), range(path, path + renoised)
-        drawn = renoised_sigmas(self.job, renoised, seeded(self.job.train_seed, "renoise", unit.index))
-        own = [path + k for k in self.job.role.owns(drawn).nonzero().flatten().tolist()]
-        both = [path + renoised + SIDES.index(self.job.role.side)] if shared else []
-        return self._turns if path else (), own + both
 
     def _step_of(self, unit: Unit, kind: float, where: float) -> dict[str, Tensor]:
         """A step to learn: from one of the student's points, from any point of the path, or from where the student comes to by itself."""
@@ -311,7 +300,7 @@ class TeacherCache:
             rows = rows[::-(-len(rows) // most)]
             return _collate([self._piece(unit, k) for unit, k in rows], [unit for unit, _ in rows])
         by_index = {unit.index: unit for unit in self.held}
-        rows = sorted((sigmas[k], unit.index, k) for unit in self.held for sigmas in [self._sigmas(unit)] for k in chain(*self._rows(unit)))
+        rows = sorted((sigmas[k], unit.index, k) for unit in self.held for sigmas in [self._sigmas(unit)] for k in chain(*taught_states(self.job, unit.index)))
         count = min(most, len(rows))
         chosen = [rows[int((i + 0.5) * len(rows) / count)] for i in range(count)]
         units = [by_index[index] for _, index, _ in chosen]

@@ -25,9 +25,9 @@ class Held:
     """Held-out error of one set of weights.
 
     error: sum |v_s - v_w|^2 / sum |v_w|^2 over all states; for trajectory KD, of where the student's own steps end from the teacher's
-    noise: sum |x0_s - x0|^2 / sum |x0|^2 (of one of two experts, from where its side begins to where it ends); for distribution matching, the drift of those ends. buckets: the former per quarter of sigma (nan
-    without a state there); closure: 1 - sum |v_s - v_w|^2 / sum |v_pos - v_w|^2, how much of the teacher's guidance is in the student (nan
-    without guidance).
+    noise: sum |x0_s - x0|^2 / sum |x0|^2 (of one of two experts, from where its side begins to where it ends); for distribution matching, the
+    drift of those ends. buckets: the former per quarter of sigma (nan without a state there); closure: 1 - sum |v_s - v_w|^2 / sum |v_pos -
+    v_w|^2, how much of the teacher's guidance is in the student (nan without guidance).
     """
     error: float
     buckets: tuple[float, ...]

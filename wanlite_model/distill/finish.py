@@ -17,12 +17,11 @@ from ..teacher import AbsentTeacher, Teacher, fingerprint_tensors
 from .checks import is_cut, untouched
 from .checkpoint import RunFolder, TrainState
 from .data import TeacherCache
-from .paths import own_sigmas, own_turns, state_counts
 from .evaluate import Held
 from .events import Finished
 from .job import DistillJob
 from .levers import Levers
-
+from .paths import own_sigmas, own_turns, state_counts
 
 PLAIN_CUT, UNGUIDED = "plain cut of the same size", "teacher without guidance"
 
@@ -62,8 +61,9 @@ def write_finished(job: DistillJob, files: RunFolder, start: StudentHandle, teac
         write_lora(lora, Lora(factors=state.adapters.factors(dict(files.best_weights())), diffs=state.adapters.diffs), card=card)
         before = () if job.matching else start.loras        # it took the LoRA's place
         handle = replace(start, loras=(*before, str(lora)), fingerprint=fingerprint_tensors(files.best_weights(), start.fingerprint), card=card)
-    files.note("finished", {"handle": handle.to_json(), "report": _report(job, measured, state, planned, cache, prompts, Levers(**files.noted("levers"))), "step": state.step, "asked": asked,
-                            "plain_cut": measured.plain.error, "yardstick": measured.yardstick})
+    report = _report(job, measured, state, planned, cache, prompts, Levers(**files.noted("levers")))
+    files.note("finished", {"handle": handle.to_json(), "report": report, "step": state.step, "asked": asked, "plain_cut": measured.plain.error,
+                            "yardstick": measured.yardstick})
     return finished_from_disk(files)
 
 
@@ -101,8 +101,8 @@ def _as_expert(job: DistillJob) -> list[str]:
     if job.role is None:
         return []
     turns, end = own_turns(job), job.student_steps if job.role.side == "low" else own_turns(job).stop
-    return [f"It is the expert of {job.role.side} noise: of the {job.student_steps} steps it makes {turns.start} to {end} (start_at_step and end_at_step of KSamplerAdvanced), "
-            "and the other expert, or its student, the others. Trained and measured on these alone."]
+    return [f"It is the expert of {job.role.side} noise: of the {job.student_steps} steps it makes {turns.start} to {end} (start_at_step and end_at_step of "
+            "KSamplerAdvanced), and the other expert, or its student, the others. Trained and measured on these alone."]
 
 
 def unasked(cache: TeacherCache, prompts: PromptBank) -> str:
@@ -121,17 +121,19 @@ def _report(job: DistillJob, measured: Measured, state: TrainState, planned: int
     held, plain, started = measured.best, measured.plain, measured.start
     held_prompts = {unit.prompt for unit in cache.held}
     apart = not held_prompts & {unit.prompt for unit in cache.train}
-    on_what = (f"Measured on {held.states} states of {len(held_prompts)} prompts that are kept out of training, here and in every other job on these prompts." if apart else
-                f"Measured on {held.states} states from other noise of the same prompts, since {HOLDOUT_PROMPTS} different prompts are needed "
-                "to hold whole ones out: on new prompts the error may be larger.")
+    on_what = (f"Measured on {held.states} states of {len(held_prompts)} prompts that are kept out of training, here and in every other job on these "
+               "prompts." if apart else
+               f"Measured on {held.states} states from other noise of the same prompts, since {HOLDOUT_PROMPTS} different prompts are needed "
+               "to hold whole ones out: on new prompts the error may be larger.")
+    end = "end of a clip" if own_sigmas(job)[-1] == 0 else "state that it hands over"
     what = ("clips' brightness, contrast, sharpness and motion against those of" if job.matching else
-            f"{'end of a clip' if own_sigmas(job)[-1] == 0 else 'state that it hands over'}, after its own steps, against that of" if job.trajectory else "velocity against")
+            f"{end}, after its own steps, against that of" if job.trajectory else "velocity against")
     other = measured.yardstick
     compared = (f"{plain.error / held.error:.1f} times below the {other}" if 0 < held.error < plain.error else
                 f"not below the {other}" if held.error else "no error is left")
     lines = [
-        f"Held-out {'drift' if job.matching else 'error'} of its {what} {target}: {held.error:.4f} (start {started.error:.4f}, {other} {plain.error:.4f}): {compared}. 0 would be "
-        + ("that none is left." if job.matching else "the teacher itself."),
+        f"Held-out {'drift' if job.matching else 'error'} of its {what} {target}: {held.error:.4f} (start {started.error:.4f}, {other} "
+        f"{plain.error:.4f}): {compared}. 0 would be {'that none is left' if job.matching else 'the teacher itself'}.",
         on_what,
         "By sigma, from clean to noise: " + ", ".join("-" if math.isnan(b) else f"{b:.4f}" for b in held.buckets)
         + f" ({other} " + ", ".join("-" if math.isnan(b) else f"{b:.4f}" for b in plain.buckets) + ").",
@@ -153,7 +155,8 @@ def _report(job: DistillJob, measured: Measured, state: TrainState, planned: int
         lines.append(f"The teacher was asked without guidance, along {job.path_steps} steps. One that was made for few steps has to be asked along its own: "
                      "set teacher_steps in WanLite Recipe.")
     if job.trajectory and job.path_steps != job.recipe.teacher_steps:
-        lines.append(f"The teacher's path was followed in {job.path_steps} steps instead of {job.recipe.teacher_steps}: {job.substeps} to each of the student's.")
+        lines.append(f"The teacher's path was followed in {job.path_steps} steps instead of {job.recipe.teacher_steps}: {job.substeps} to each of the "
+                     "student's.")
     if state.best_step == 0:
         lines.append("No evaluation was better than the start: train longer, or lower the learning rate.")
     return "\n".join(lines)

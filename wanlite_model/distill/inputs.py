@@ -24,7 +24,9 @@ from ..formats.write import write_student
 from ..prompts import PromptBank
 from ..teacher import AbsentTeacher, FileTeacher, Teacher
 from .checkpoint import RunFolder
+from .checks import check
 from .job import DistillJob
+from .paths import asked_of
 
 PROMPTS, LATENTS, START_FROM = "prompts.safetensors", "latents.safetensors", "start_from.safetensors"
 SCALES = "wanlite.scales"
@@ -59,8 +61,11 @@ def prepare(files: RunFolder, job: DistillJob, inputs: Inputs, teacher: Teacher,
     """Makes the folder complete: with the student's start, and the teacher, or both experts. Yields what it does next.
 
     file_of: finds the WAN file that holds a teacher's weights as they are; where there is none they are written here, patches merged and
-    dequantised. Raises WanLiteError when the folder is another job's or cannot be written; what was there stays as it was.
+    dequantised. Raises WanLiteError when the job could not be run with these parts, or when the folder is another job's or cannot be written; what
+    was there stays as it was.
     """
+    check(job, inputs.student, teacher, inputs.prompts, inputs.latents, inputs.start_from)
+    asked_of(job, teacher, other)
     inputs = replace(inputs, prompts=inputs.prompts.fitted(teacher.config, job.shape))
     with files.opened(job):
         keep(files, inputs, teacher, cache_root, other)
@@ -148,8 +153,9 @@ def teacher_of(files: RunFolder, job: DistillJob, device: torch.device, file: Pa
     """
     with _whole(files):
         noted: dict[str, Any] = files.noted(which)
-        config, name, merged, fingerprint = WanConfig(**noted["config"]), str(noted["name"]), files.path / which, job.teacher if which == TEACHER else job.other
+        config, name, merged = WanConfig(**noted["config"]), str(noted["name"]), files.path / which
         place = file or (Path(noted["path"]) if "path" in noted else merged if "merged" in noted and merged.exists() else None)
+    fingerprint = job.teacher if which == TEACHER else job.other
     if place is None:
         return AbsentTeacher(config, shift=job.shift, fingerprint=fingerprint, name=name, device=device)
     teacher = FileTeacher(place, shift=job.shift, device=device, name=name)

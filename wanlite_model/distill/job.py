@@ -62,10 +62,9 @@ class Recipe:
             raise WanLiteError(f"objective is {self.objective!r}.", f"WanLite knows {' and '.join(map(repr, OBJECTIVES))}.")
         if self.optimizer not in OPTIMIZERS:
             raise WanLiteError(f"optimizer is {self.optimizer!r}.", f"WanLite knows {' and '.join(map(repr, OPTIMIZERS))}.")
-        ranges = {"rank": (0, 4096), "student_steps": (1, 100), "own_states": (0, 1), "learning_rate": (1e-7, 0.1), "batch_size": (1, 1024), "warmup": (0, 10_000), "max_grad_norm": (1e-3, 1e3),
-                  "weight_decay": (0, 1), "ema_decay": (0, 0.99999), "teacher_steps": (1, 1000), "renoised": (0, 1),
-                  "full_range": (0, 1), "evaluations": (1, 1000), "save_every": (0.1, 1e6)}
-        _check_ranges(self, ranges)
+        _check_ranges(self, {"rank": (0, 4096), "student_steps": (1, 100), "own_states": (0, 1), "learning_rate": (1e-7, 0.1), "batch_size": (1, 1024),
+                             "warmup": (0, 10_000), "max_grad_norm": (1e-3, 1e3), "weight_decay": (0, 1), "ema_decay": (0, 0.99999),
+                             "teacher_steps": (1, 1000), "renoised": (0, 1), "full_range": (0, 1), "evaluations": (1, 1000), "save_every": (0.1, 1e6)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,8 @@ from torch import Tensor
 from .. import flow
 from ..cond import Cond
 from ..errors import WanLiteError
-from ..roles import OVERLAP
+from ..experts import Other
+from ..roles import OVERLAP, SIDES
 from ..teacher import Teacher, guided_pair
 from .job import DistillJob
 
@@ -29,6 +30,15 @@ def seeded(*parts: object) -> torch.Generator:
     """A CPU generator that is a function of its arguments alone."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def asked_of(job: DistillJob, teacher: Teacher, other: Teacher | None) -> Teacher:
+    """Who makes the teacher's paths: itself, or both experts as one. Raises WanLiteError when the other one is not the job's."""
+    given = "" if other is None else other.fingerprint
+    if given != job.other or (job.role is None) != (other is None):
+        raise WanLiteError(f"The job was made for the other expert {job.other or 'none'} and was given {given or 'none'}.", "",
+                           "Build the job from the parts it is run with.")
+    return teacher if other is None else Other(teacher=other, role=job.role).beside(teacher)
 
 
 def rollout_sigmas(job: DistillJob) -> Tensor:
@@ -80,6 +90,19 @@ def state_counts(job: DistillJob) -> tuple[int, int, int]:
         return job.path_steps, 0, 0         # it is asked what it was made to answer, and more often
     share = min(job.recipe.renoised, MOST_RENOISED)
     return job.path_steps, 0 if share == 0 else max(1, round(job.path_steps * share / (1 - share))), shared
+
+
+def taught_states(job: DistillJob, index: int) -> tuple[Sequence[int], Sequence[int]]:
+    """Which states of the unit of this index the student is taught: on the teacher's path, and re-noised. An expert's are those that its own
+    teacher answered.
+    """
+    path, renoised, shared = state_counts(job)
+    if job.role is None:
+        return range(path), range(path, path + renoised)
+    drawn = renoised_sigmas(job, renoised, seeded(job.train_seed, "renoise", index))
+    own = [path + k for k in job.role.owns(drawn).nonzero().flatten().tolist()]
+    both = [path + renoised + SIDES.index(job.role.side)] if shared else []
+    return own_points(job) if path else (), own + both
 
 
 class Answers:

@@ -27,7 +27,7 @@ from ..pinned import give_back
 from ..prompts import PromptBank
 from ..teacher import Teacher
 from . import inputs
-from .asking import Asking, asked_of
+from .asking import Asking
 from .begin import beside, few_step_lora, fresh_state, online_teacher
 from .budget import GIB, SPARE, USED, Budget, Machine, asking_flops, capped, check_disk, matrix_rate, plan, spilled, step_seconds, this_machine
 from .checks import check, untouched
@@ -45,10 +45,11 @@ from .levers import Levers
 from .matching import Matching
 from .modes import trains
 from .objectives import feature_pairs
+from .paths import asked_of
 from .room import clear_runs, in_use
 
 log = logging.getLogger(__name__)
-Read = TypeVar("Read")
+Result = TypeVar("Result")
 
 TIMED_STEPS = 3
 FULL = 0.05                     # of a card's memory: with less of it free it may go on in the computer's
@@ -61,8 +62,8 @@ def run(job: DistillJob, folder: Path, cache_root: Path, teacher: Teacher, stude
 
     latents [N, C, T, H, W] in processed space are optional training data. samples: draw one at each evaluation. start_from: a LoRA over
     the student that training begins with: its factors where adapters are trained, else it is merged first. machine: what it may take; None is
-    what is free here, or what the job's settings say. other: where the student is one of two experts, the one that it is not. Ends with Finished. Raises WanLiteError when the job cannot start, does not fit, or when
-    the folder is another job's, and when the loss is not finite.
+    what is free here, or what the job's settings say. other: where the student is one of two experts, the one that it is not. Ends with
+    Finished. Raises WanLiteError when the job cannot start, does not fit, or when the folder is another job's, and when the loss is not finite.
     """
     return Run(job, RunFolder(folder), cache_root, teacher, student, prompts, latents, should_finish, samples, start_from, machine, other).events()
 
@@ -188,8 +189,7 @@ class Run:
 
     def _finished(self) -> Event | None:
         """What the run ended with before, unless it is asked for more than it was then."""
-        ended = finished_from_disk(self.files)
-        noted = self.files.noted("finished")
+        ended, noted = finished_from_disk(self.files), self.files.noted("finished")
         if ended is None or self.length.wanted(self.length.noted()) > max(noted["asked"], noted["step"]):
             return None
         return ended
@@ -238,7 +238,7 @@ class Run:
             return self.asking.cache(self.files.noted("units"))
         return self.asking.cache(self.course.legs[-1].units, self.course.legs[0].units)
 
-    def _read(self, read: Callable[[], Read]) -> Generator[Event, None, Read]:
+    def _read(self, read: Callable[[], Result]) -> Generator[Event, None, Result]:
         """What `read` returns; units that turn out to be damaged are asked for again."""
         while True:
             try:
@@ -301,13 +301,7 @@ class Run:
             yield Stage(name=name, done=done, total=len(own))
 
     def _evaluate(self, name: str) -> Generator[Event, None, Held]:
-        measuring = evaluate(self.state.student, self.held, self.prompts, self.job, self.paths)
-        while True:
-            try:
-                done, total = next(measuring)
-            except StopIteration as end:
-                return end.value
-            yield Stage(name=name, done=done, total=total)
+        return (yield from _staged(name, evaluate(self.state.student, self.held, self.prompts, self.job, self.paths)))
 
     def _train(self) -> Iterator[Event]:
         """The loop. Whatever ends it, the last complete step is on disk afterwards."""
@@ -443,10 +437,14 @@ class Run:
         """A sample of the first held-out prompt as the student will be used: latents [1, C, T, H, W]."""
         unit = self.cache.held[0]
         x = yield from self._read(lambda: self.cache.sample_start(unit, self.latents))
-        drawing = draw(self.state.student, x, self.prompts, unit.prompt, self.job)
-        while True:
-            try:
-                done, total = next(drawing)
-            except StopIteration as end:
-                return end.value
-            yield Stage(name="drawing a sample", done=done, total=total)
+        return (yield from _staged("drawing a sample", draw(self.state.student, x, self.prompts, unit.prompt, self.job)))
+
+
+def _staged(name: str, work: Generator[tuple[int, int], None, Result]) -> Generator[Stage, None, Result]:
+    """The result of work that yields (done, of all)."""
+    while True:
+        try:
+            done, total = next(work)
+        except StopIteration as end:
+            return end.value
+        yield Stage(name=name, done=done, total=total)

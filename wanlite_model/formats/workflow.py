@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from .. import flow
 from ..config import WanConfig
+from ..roles import Role
 from .card import StudentCard
 
 # ComfyUI's own names for what a WAN needs beside it, as its WAN templates ask for them.
@@ -133,7 +134,7 @@ def _sampled(graph: _Graph, models: list[Source], asked: Inputs, card: StudentCa
         graph.add("sampler", "KSampler", SAMPLING, {"model": models[0], **asked},
                   [0, "randomize", card.steps, card.cfg, card.sampler, card.scheduler, 1.0])
         return ("sampler", 0)
-    above = int((flow.schedule(card.steps, card.shift)[:-1] >= card.boundary).sum())
+    above = int(Role(side="high", boundary=card.boundary).owns(flow.schedule(card.steps, card.shift)[:-1]).sum())
     handed_over = max(1, min(card.steps - 1, above))
     for side, model in zip(("high", "low"), models):
         ours, high = side == card.expert, side == "high"
