@@ -18,6 +18,14 @@ LEVERS = {
     "optimizer_8bit": "Without adapters: AdamW with 8-bit moments, in place of Muon too, on bf16 weights: a third of the memory.",
     "gradient_release": "With 8-bit AdamW: weights move as soon as their gradient is there, which is then freed. A batch that goes through in parts moves them "
                         "with each part, by as much less."}
+LIMITS = {          # in GiB: the most, the step, and what of
+    "gpu_gib": (10_000.0, 0.5, "Memory of the card that the job is planned for, in GiB, for a run that is prepared for another machine. 0: what is free here."),
+    "ram_gib": (100_000.0, 0.5, "The same of the computer's memory."),
+    "disk_gib": (1e6, 1.0, "The same of the disk."),
+    "cache_gib": (1e6, 1.0, "What the teacher's recorded answers of all jobs may take on disk, in GiB: where they would take more, those that were used longest "
+                            "ago are removed, but none of this job's. 0: no limit."),
+    "runs_gib": (1e6, 1.0, "The same of all runs, with the students in them that were not saved elsewhere: those that were worked on longest ago are removed, "
+                           "but none that a job works on. 0: no limit; a run's folder can also be deleted by hand.")}
 
 
 class WanLiteRecipe(io.ComfyNode):
@@ -79,18 +87,10 @@ class WanLiteRecipe(io.ComfyNode):
                                  tooltip=f"{what} auto: when it would not fit otherwise.") for lever, what in LEVERS.items()),
                 io.Int.Input("swapped_blocks", default=-1, min=-1, max=1000,
                              tooltip="With adapters: so many blocks lie in the computer's memory and visit the card one at a time. -1: as many as needed."),
-                io.Float.Input("gpu_gib", default=0.0, min=0.0, max=10_000.0, step=0.5,
-                               tooltip="Memory of the card that the job is planned for, in GiB, for a run that is prepared for another machine. 0: what is free here."),
-                io.Float.Input("ram_gib", default=0.0, min=0.0, max=100_000.0, step=0.5, tooltip="The same of the computer's memory."),
-                io.Float.Input("disk_gib", default=0.0, min=0.0, max=1e6, step=1.0, tooltip="The same of the disk."),
-                io.Float.Input("cache_gib", default=0.0, min=0.0, max=1e6, step=1.0,
-                               tooltip="What the teacher's recorded answers of all jobs may take on disk, in GiB: where they would take more, those that were "
-                                       "used longest ago are removed, but none of this job's. 0: no limit."),
-                io.Float.Input("runs_gib", default=0.0, min=0.0, max=1e6, step=1.0,
-                               tooltip="The same of all runs, with the students in them that were not saved elsewhere: those that were worked on longest ago "
-                                       "are removed, but none that a job works on. 0: no limit; a run's folder can also be deleted by hand."),
+                *(io.Float.Input(limit, default=0.0, min=0.0, max=most, step=step, tooltip=what) for limit, (most, step, what) in LIMITS.items()),
                 io.Float.Input("boundary", default=0.0, min=0.0, max=0.999, step=0.001,
-                               tooltip="Of 2.2's two experts: the sigma at which the one of low noise takes over. 0: the student's, else WAN's own (0.875 for text, 0.9 for pictures)."),
+                               tooltip="Of 2.2's two experts: the sigma at which the one of low noise takes over. 0: the student's, else WAN's own (0.875 for "
+                                       "text, 0.9 for pictures)."),
             ],
             outputs=[Recipe.Output(display_name="recipe", tooltip="For WanLite Distill.")])
 

@@ -89,7 +89,7 @@ class WanLiteCreateStudent(io.ComfyNode):
                            depth=max(1, round(layers * share)) if share else depth or None, ffn_dim=ffn_dim or None,
                            folder=folders.output_folder("starts")),
             lambda event: bar.show(event.stage, event.done, event.total))
-        report = "\n".join((report, *teacher.notes, *expert_note(teacher, other, expert)))
+        report = "\n".join((report, *teacher.notes, *expert_note(teacher.config, other, expert)))
         return io.NodeOutput(student, report, ui=told("Create Student", report))
 
 

@@ -31,5 +31,5 @@ class WanLiteLoadTeacher(io.ComfyNode):
         path = folders.found(name)
         model = open_model(path)
         teacher = ComfyTeacher(model)
-        summary = "\n".join((f"{name}: {teacher.describe()}", *teacher.notes, *expert_note(teacher, None, WHOLE)))
+        summary = "\n".join((f"{name}: {teacher.describe()}", *teacher.notes, *expert_note(teacher.config, None, WHOLE)))
         return io.NodeOutput(model, summary, ui=told("Load Teacher", summary))

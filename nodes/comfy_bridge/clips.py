@@ -24,7 +24,7 @@ from ...wanlite_model.prompts import PromptBank
 from ...wanlite_model.roles import Role
 from . import folders
 from .conditions import conditioning, still_frames
-from .experts import role_of
+from .experts import expert_note, role_of
 from .teacher import ComfyTeacher, check_variant, config_of
 
 
@@ -48,29 +48,31 @@ class Half:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Contender(Half):
-    """One MODEL and how it is sampled. other: the other expert of 2.2, which makes the steps on the other side of the role's boundary."""
+    """One MODEL and how it is sampled. other: the other expert of 2.2, which makes the steps on the other side of the role's boundary. remark: for
+    the user.
+    """
     name: str
     config: WanConfig
     role: Role | None = None
     other: Half | None = None
+    remark: tuple[str, ...] = ()
 
     def parts(self, how: How) -> tuple[tuple[Half, Tensor | None], ...]:
         """Who samples along which noise levels, in this order; None are all of its own.
 
-        Where one hands over to the other is one of this MODEL's own levels. Raises WanLiteError where it has all steps, or none.
+        Where one hands over to the other is one of this MODEL's own levels, as in the workflow that is saved with a student. Raises WanLiteError where it has all steps, or none.
         """
         if self.role is None or self.other is None:
             return ((self, None),)
         own, its = self.sigmas(how), self.other.sigmas(how)
-        high = Role(side="high", boundary=self.role.boundary)
-        above = int(high.owns(own[:-1]).sum())
+        above = int(Role(side="high", boundary=self.role.boundary).owns(own[:-1]).sum())
         if not 0 < above < len(own) - 1:
             raise WanLiteError(f"All {len(own) - 1} steps of the {self.name} lie on one side of the boundary {self.role.boundary:g}.",
                                "Each of the two experts makes at least one.", "Set its shift with ModelSamplingSD3, or more steps.")
         level = own[above:above + 1]
         if self.role.side == "high":
             return (self, own[:above + 1]), (self.other, torch.cat([level, its[its < level]]))
-        return (self.other, torch.cat([its[high.owns(its)], level])), (self, own[above:])
+        return (self.other, torch.cat([its[its > level], level])), (self, own[above:])
 
 
 def contenders(asked: Mapping[str, tuple[Any, int, float]], other: Any, choice: str, boundary: float) -> list[Contender]:
@@ -88,7 +90,8 @@ def contenders(asked: Mapping[str, tuple[Any, int, float]], other: Any, choice: 
     if role is not None and (its := config_of(other.model.diffusion_model)).in_dim != configs[0].in_dim:
         raise WanLiteError(f"The other expert takes {its.in_dim} channels and the teacher {configs[0].in_dim}.", "One video is made by both.",
                            "Connect the two files of one model.")
-    return [Contender(name=name, model=model, steps=steps, cfg=cfg, config=config, role=role, other=beside)
+    return [Contender(name=name, model=model, steps=steps, cfg=cfg, config=config, role=role, other=beside,
+                      remark=expert_note(config, other, choice))
             for (name, (model, steps, cfg)), config in zip(asked.items(), configs)]
 
 

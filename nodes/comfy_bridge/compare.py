@@ -133,4 +133,4 @@ def _text(contenders: Sequence[Contender], measured: Sequence[Measured], shape: 
     if first_of.role and first_of.other:
         lines.append(f"Of each clip these make the part of {first_of.role.side} noise, and one and the same other expert the rest, along {first_of.other.steps} "
                      f"steps at cfg {first_of.other.cfg:g}: seconds are of both.")
-    return "\n".join((*lines, f"{clips} clips of latent size {' x '.join(map(str, shape))}, the same noise for all."))
+    return "\n".join((*lines, *first_of.remark, f"{clips} clips of latent size {' x '.join(map(str, shape))}, the same noise for all."))

@@ -53,9 +53,9 @@ def role_of(config: WanConfig, other: Any, choice: str, boundary: float = 0.0, c
     return Role(side=side, boundary=boundary or (card.boundary if card else 0.0) or boundary_of(config))
 
 
-def expert_note(teacher: ComfyTeacher, other: Other | None, choice: str) -> tuple[str, ...]:
-    """A sentence where nobody said that this is one of two, and it may be."""
-    if teacher.config.dim != LARGE or teacher.config.img_emb or other is not None or choice == EVERY_LEVEL:
+def expert_note(config: WanConfig, other: object, choice: str) -> tuple[str, ...]:
+    """A sentence where nobody said that a MODEL is one of two, and it may be."""
+    if config.dim != LARGE or config.img_emb or other is not None or choice not in (WHOLE, AS_MADE):
         return ()
-    return ("If this is one expert of Wan 2.2 A14B, say which in WanLite Create Student and WanLite Distill and connect the other one there: its file looks "
-            "like that of a whole 14B.",)
+    return ("If this is one expert of Wan 2.2 A14B, say which in the WanLite nodes that ask for it, and connect the other one there: its file looks like that "
+            "of a whole 14B.",)

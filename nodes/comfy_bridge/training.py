@@ -86,7 +86,7 @@ class Training:
                                "With a few-step preset they are the student's own noise levels.",
                                f"Connect SIGMAS of {its_own} steps, or leave the input open.")
         return cls(job=job, teacher=teacher, model=model, student=student, prompts=prompts, latents=latents, vae=vae, start_from=start_from, other=other,
-                   remark=expert_note(teacher, other, expert))
+                   remark=() if student.card else expert_note(its, other, expert))
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -115,7 +115,8 @@ def test_steps_of_the_experts_meet_at_the_taught_ones_level(models, pack):
     assert torch.equal(rest[1:], torch.cat([part for _, part in whole])[-len(rest) + 1:]) and len(whole[0][1]) + len(whole[1][1]) == 9
     low = clips.contenders({"teacher": (models["low"], 7, CFG), "student": (models["low"], 4, 1.0)}, models["high"], "low noise", 0.0)[1]
     [(first, rest), (second, own)] = low.parts(how)
-    assert (first.model, first.cfg, second.model) == (models["high"], CFG, models["low"]) and rest[-1] == own[0] < 0.875 < rest[-2] and len(own) == 3
+    assert (first.model, first.cfg, second.model) == (models["high"], CFG, models["low"]) and rest[-1] == own[0] < 0.875 and len(own) == 3
+    assert torch.equal(rest[:-1], first.sigmas(how)[:len(rest) - 1]) and len(rest) == 5
 
 
 def test_both_jobs_asked_the_teachers_once(comfyui, students):
@@ -175,6 +176,15 @@ def test_the_boundary_is_wans_own_the_students_or_the_recipes(models, pack):
     assert find(teacher, models["low"], "high noise").role.boundary == 0.875
     assert find(teacher, models["low"], "as the student was made", 0.0, card).role.boundary == 0.8
     assert find(teacher, models["low"], "as the student was made", recipe["boundary"], card).role.boundary == 0.95
+
+
+def test_a_14b_that_may_be_one_of_two_is_spoken_of_until_somebody_says(models, pack):
+    note, config = pack("nodes.comfy_bridge.experts").expert_note, pack("wanlite_model.config").WanConfig
+    large = config(dim=5120, ffn_dim=13824, num_layers=40)
+    for choice in ("not one of two", "as the student was made"):
+        assert "If this is one expert of Wan 2.2 A14B" in note(large, None, choice)[0]
+    assert not note(large, None, "low noise, at every level") and not note(large, models["low"], "high noise")
+    assert not note(config(dim=1536, ffn_dim=8960, num_layers=30), None, "not one of two")
 
 
 def test_an_i2v_expert_is_never_taken_for_a_whole_wan(comfyui, bank, pack, refused):
