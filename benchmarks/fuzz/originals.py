@@ -20,6 +20,8 @@ from wanlite_model.cond import Shown
 from wanlite_model.config import WanConfig
 from wanlite_model.distill import inputs
 from wanlite_model.distill.checkpoint import RunFolder
+from wanlite_model.distill.checks import lora_fingerprint
+from wanlite_model.distill.data import latents_fingerprint
 from wanlite_model.distill.inputs import Inputs
 from wanlite_model.distill.job import DistillJob, Recipe
 from wanlite_model.experts import Role
@@ -101,9 +103,9 @@ def made(home: Path) -> None:
     teacher = FileTeacher(folders["file"] / ENTRY["file"], shift=3.0, device=torch.device("cpu"))
     for _ in create_student(teacher, bank, SHAPE, depth=1, method="interleaved", folder=folders["start"] / ENTRY["start"]):
         pass
-    job = _job(teacher, bank)
     handle = StudentHandle.of(folders["student"] / ENTRY["student"])
     parts = Inputs(student=handle, prompts=bank, latents=torch.randn(2, *SHAPE), start_from=lora)
+    job = _job(teacher, parts)
     for _ in inputs.prepare(RunFolder(folders["run"] / ENTRY["run"]), job, parts, teacher, home / "cache"):
         pass
     RunFolder(folders["run"] / ENTRY["run"]).log(kind="step", step=1, loss=0.5)
@@ -162,8 +164,9 @@ def _packed(folders: dict[str, Path], weights: dict[str, Tensor]) -> None:
     writer.close()
 
 
-def _job(teacher: FileTeacher, bank: PromptBank) -> DistillJob:
-    return DistillJob(student=teacher.fingerprint, teacher=teacher.fingerprint, prompts=bank.fingerprint, latents="0" * 16, shape=SHAPE, shift=3.0, steps=4,
+def _job(teacher: FileTeacher, parts: Inputs) -> DistillJob:
+    return DistillJob(student=parts.student.fingerprint, teacher=teacher.fingerprint, prompts=parts.prompts.fitted(teacher.config, SHAPE).fingerprint,
+                      latents=latents_fingerprint(parts.latents), start_from=lora_fingerprint(parts.start_from), shape=SHAPE, shift=3.0, steps=4,
                       recipe=Recipe(teacher_steps=2))
 
 
