@@ -43,10 +43,11 @@ class WanLiteRemapLoRA(io.ComfyNode):
             return str(error)
 
     @classmethod
-    def fingerprint_inputs(cls, lora: str, more: str, suffix: str, **_: Any) -> str:
+    def fingerprint_inputs(cls, lora: str, more: str | None, suffix: str | None, **_: Any) -> str:
         from ..wanlite_model.errors import WanLiteError
+        known = more if more and suffix is not None else ""             # ComfyUI does not tell what is linked, which is a part of its key itself
         try:
-            return " ".join(f"{name} {folders.changed(folders.lora_path(name))}" for name in folders.chosen_loras(lora, more, suffix))
+            return " ".join(f"{name} {folders.changed(folders.lora_path(name))}" for name in folders.chosen_loras(lora, known, suffix or ""))
         except WanLiteError as error:
             return str(error)
 

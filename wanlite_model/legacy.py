@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 LEGACY_ARGUMENTS = ("teacher_checkpoint_path", "device", "distributed", "use_gradient_checkpointing")
 VAE_CHANNELS = (16, 48)                 # latent channels of WAN 2.1's and of TI2V-5B's VAE
+LARGEST = {"hidden_size": MOST["dim"], "depth": MOST["num_layers"], "ffn_dim": MOST["ffn_dim"]}         # that a WAN is built of
 CONFIGS = ("student_config.json", "config.json")                            # what a predecessor called its config,
 WEIGHTS = ("diffusion_model.safetensors", "diffusion_pytorch_model.safetensors")        # and its weights
 
@@ -135,10 +136,12 @@ def recipe_of(given: Mapping[str, Any]) -> Recipe | None:
     fields, legacy, notes = translate(given, tuple(MEANINGS), SOURCES[0].width)
     unusable = {name: f"{name}={fields[name]!r} is no whole number of at least 1: no WAN can be built of it." for name in ("hidden_size", "depth", "ffn_dim")
                 if name in fields and (type(fields[name]) is not int or fields[name] < 1)}
+    unusable |= {name: f"{name}={fields[name]!r} is above {most}: no WAN can be built of it." for name, most in LARGEST.items()
+                 if name in fields and name not in unusable and fields[name] > most}
     told = {**{name: f"{name}={value!r} {MEANINGS.get(name, '')}" for name, value in given.items()}, **dict(zip(legacy, notes)), **unusable}
     config = None
     if not unusable:
-        width, channels = fields["hidden_size"], fields.get("num_channels", VAE_CHANNELS[0])
+        width, channels = fields["hidden_size"], int(fields.get("num_channels", VAE_CHANNELS[0]))
         config = WanConfig(dim=width, num_layers=fields["depth"], ffn_dim=fields.get("ffn_dim", 4 * width), in_dim=channels, out_dim=channels)
     return Recipe(lines=tuple(line for name, line in told.items() if not name.startswith("_")), config=config)
 

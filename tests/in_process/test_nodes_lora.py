@@ -70,6 +70,17 @@ def test_stock_nodes_make_of_it_what_was_cut_from_the_patched_teacher(spelled, c
     assert relative(teacher(student).velocity(x, sigma, cond), expected) > 1e-2
 
 
+def test_what_is_linked_makes_it_no_other_node_the_next_time(loras, model, pack):
+    """ComfyUI asks whether anything changed without the values of what is linked, and a run of its own leaves new files."""
+    node = pack("nodes.lora").WanLiteRemapLoRA
+    save_file(lora_for(model), loras / "style.safetensors")
+    for linked in ({"more": None, "suffix": "-wanlite"}, {"more": "st*", "suffix": None}):
+        before = node.fingerprint_inputs(lora="style.safetensors", **linked)
+        save_file(lora_for(model), loras / "style-wanlite.safetensors")
+        assert before and node.fingerprint_inputs(lora="style.safetensors", **linked) == before
+        (loras / "style-wanlite.safetensors").unlink()
+
+
 def test_the_kept_neurons_are_found_in_a_saved_student(model, loras, saved, remap):
     handle, _ = saved("narrow", keep_map="", depth=4, ffn_dim=48)
     save_file(lora_for(model), loras / "style.safetensors")

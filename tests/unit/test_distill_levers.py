@@ -1,12 +1,14 @@
 """Each lever takes less memory, trains as well, and goes on where another left off."""
 import gc
 import math
+import re
 import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers_distill import Setting, same, until
+from helpers_pictures import picture_bank, shape_of
 from helpers_tiny import random_bank
 
 from wanlite_model.config import WanConfig
@@ -69,6 +71,24 @@ def test_the_first_rung_that_fits_is_taken_and_a_resumed_run_keeps_its_own():
         return plan(job(32), WIDE, machine, torch.device("cpu"), random_bank(1), **more).rungs[0]
     assert chosen(80) == Levers() and chosen(6) == Levers(checkpointing=True)
     assert chosen(80, noted=Levers(checkpointing=True)) == Levers(checkpointing=True)
+
+
+@pytest.mark.parametrize(("kind", "fewest"), [("2.2 I2V", 1), ("TI2V", 5)])
+def test_a_clip_with_pictures_that_does_not_fit_is_refused_with_a_length_that_does(kind, fewest):
+    """The pictures are of the whole length; 5 frames are the least of which one latent is given and another made."""
+    shape = shape_of(kind, frames=9, size=32)
+    bank = picture_bank(kind, 1, shape)
+    config = WanConfig(model_type=kind.split()[-1].lower(), dim=128, ffn_dim=256, num_layers=2, in_dim=36 if kind == "2.2 I2V" else 48, out_dim=shape[0])
+    asked = DistillJob(student="s", teacher="t", prompts="p", shape=shape, shift=3.0, steps=1, recipe=Recipe(rank=4))
+
+    rung = list(ladder(asked.levers, frozen=True, blocks=config.num_layers, device_type="cpu"))[-1]
+    takes, lengths = predicted(asked, config, rung, "cpu", bank).device, []
+    for share in (0.25, 0.4, 0.6, 0.8, 0.95):
+        machine = Machine(device=int(share * takes), ram=64 * GIB, run_disk=10**15, cache_disk=10**15)
+        with pytest.raises(WanLiteError, match="This job takes") as refused:
+            plan(asked, config, machine, torch.device("cpu"), bank)
+        lengths += map(int, re.findall(r"length to (\d+) frames: that fits", str(refused.value)))
+    assert lengths == sorted(lengths) and lengths[0] == fewest and 9 < lengths[-1] < 33
 
 
 @pytest.mark.parametrize(("rank", "on"), [(0, {"checkpointing": True}), (4, {"checkpointing": True}), (4, {"frozen_float8": True}),

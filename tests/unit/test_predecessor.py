@@ -61,6 +61,17 @@ def test_a_size_that_is_no_number_is_told_and_not_guessed(changes):
     assert [line for line in recipe.lines if line.startswith(name)] == [told]
 
 
+@pytest.mark.parametrize("name, most", [("hidden_size", 65536), ("depth", 1000), ("ffn_dim", 1048576)])
+def test_a_size_beyond_every_wan_is_told_and_never_an_error(name, most):
+    recipe = recipe_of({**FIELDS, name: 2 * most})
+    assert recipe.config is None and f"{name}={2 * most} is above {most}: no WAN can be built of it." in recipe.lines
+    assert recipe_of({**FIELDS, name: most}).config is not None
+
+
+def test_channels_as_json_may_write_them_are_channels():
+    assert recipe_of({**FIELDS, "num_channels": 48.0}).config.in_dim == 48
+
+
 def test_a_field_that_is_missing_or_unknown_is_told():
     fields = {name: value for name, value in FIELDS.items() if name != "depth"}
     lines = recipe_of({**fields, "mlp_ratio": 4, "_name_or_path": "/home/me"}).lines

@@ -143,17 +143,20 @@ def plan(job: DistillJob, config: WanConfig, machine: Machine, device: torch.dev
             return budget(rungs, None)
         if peaks.fit(machine):
             return budget(rungs[i:], peaks)
-    raise _refused(job, config, machine, peaks, lambda job, config: peaks_of(job, config, rungs[-1]))
+    given = prompts.shown[0].given if prompts.shown else None
+    least = 1 if given is None else given.shape[1] + 1              # a clip has frames that are not given
+    raise _refused(job, config, machine, peaks, lambda job, config: peaks_of(job, config, rungs[-1]), least)
 
 
-def _refused(job: DistillJob, config: WanConfig, machine: Machine, peaks: Peaks, peaks_of: Callable[[DistillJob, WanConfig], Peaks]) -> WanLiteError:
+def _refused(job: DistillJob, config: WanConfig, machine: Machine, peaks: Peaks, peaks_of: Callable[[DistillJob, WanConfig], Peaks], least: int
+             ) -> WanLiteError:
+    """With the smallest change that fits. least: latent frames that a clip must have."""
     beside = "" if peaks.ram <= SPARE * machine.ram else f", and {amount(peaks.ram)} of the computer's memory, of which {amount(machine.ram)} are free"
     found = f"This job takes {amount(peaks.device)} of the {amount(machine.device)} that are free on the device{beside}, whatever is done to save memory."
-    frames = job.shape[1]
-    fewer = [replace(job, shape=(job.shape[0], t, *job.shape[2:])) for t in range(1, frames)]
-    most = bisect.bisect_left(fewer, True, key=lambda job: not peaks_of(job, config).fit(machine))          # fewer frames take less
-    if most:
-        return WanLiteError(found, "", f"Set the LATENT's length to {4 * (most - 1) + 1} frames: that fits.")
+    fewer = [replace(job, shape=(job.shape[0], t, *job.shape[2:])) for t in range(least, job.shape[1])]
+    fitting = bisect.bisect_left(fewer, True, key=lambda job: not peaks_of(job, config).fit(machine))       # fewer frames take less
+    if fitting:
+        return WanLiteError(found, "", f"Set the LATENT's length to {4 * (fewer[fitting - 1].shape[1] - 1) + 1} frames: that fits.")
     if not job.recipe.rank and not job.matching:
         adapters = replace(job, recipe=replace(job.recipe, rank=32))
         if any(peaks_of(replace(adapters, shape=shape.shape), config).fit(machine) for shape in (job, *fewer[:1])):
@@ -251,7 +254,9 @@ def predicted(job: DistillJob, config: WanConfig, levers: Levers, device_type: s
     kind = Recipe(rank=job.recipe.rank, optimizer=job.recipe.optimizer, objective=objective, batch_size=size)
     alike = DistillJob(student="", teacher="", prompts="", shape=job.shape, shift=1.0, steps=1, recipe=kind)            # all that decides it
     begin = () if lora is None else tuple((layer, len(found.down), *found.down.shape[1:], len(found.up)) for layer, found in lora.factors.items())
-    shown = tuple((name, tuple(value.shape)) for name, value in prompts.shown[0].tensors().items()) if prompts.shown else ()
+    # A picture's latents are as long as the clip, which may be a shorter one than they were encoded for.
+    shown = tuple((name, (len(value), *job.shape[1:]) if name == "image" else tuple(value.shape))
+                  for name, value in (prompts.shown[0].tensors().items() if prompts.shown else ()))
     return _predicted(alike, config, levers, device_type, longest, shown, begin, beside, stored)
 
 
