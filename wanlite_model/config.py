@@ -163,6 +163,13 @@ def check_width(dim: Any) -> None:
                            f"It must be a multiple of {HEAD_DIM}, {MOST['dim']} at the most.", f"Set it to {near} or {near + HEAD_DIM}.")
 
 
+def video_size(shape: tuple[int, int, int, int]) -> tuple[int, int, int]:
+    """Width and height in pixels, and frames, of the videos behind latents of (C, T, H, W)."""
+    channels, frames, rows, columns = shape
+    scale = 16 if channels == 48 else 8                     # pixels a latent pixel: TI2V-5B's VAE, and the others'
+    return columns * scale, rows * scale, 4 * (frames - 1) + 1
+
+
 def count_blocks(names: Mapping[str, Any]) -> int:
     """The number of blocks, counted from 0 without a gap, as ComfyUI counts them."""
     present = {int(match[1]) for match in (re.match(r"blocks\.(\d{1,9})\.", name) for name in names) if match}

@@ -49,7 +49,8 @@ class ExpertPair:
         if above.all() or not above.any():
             return self.ready(self.high if above.all() else self.low).velocity(x, sigma, cond, skip=skip, taps=taps)
         v = torch.empty_like(x, dtype=torch.float32)
-        for teacher, rows in ((self.high, above), (self.low, ~above)):
+        both = (self.high, above), (self.low, ~above)
+        for teacher, rows in both[::-1] if self._asked is self.low else both:           # first the one that is in memory
             v[rows] = self.ready(teacher).velocity(x[rows], sigma[rows], cond[rows], skip=skip, taps=taps)
         return v
 

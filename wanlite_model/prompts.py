@@ -157,8 +157,8 @@ class PromptBank:
                     raise TypeError("a prompt that is no text")
                 names, count = set(stored.keys()), len(told["prompts"])
                 contexts = tuple(stored.get_tensor(f"prompt.{i}") for i in range(count))
-                # Copies: a view would keep the file mapped, and Windows then refuses to replace it.
-                shown = tuple(Shown(**{kind.name: stored.get_tensor(f"shown.{i}.{kind.name}").clone() for kind in fields(Shown)
+                # The bank copies all of it: a view would keep the file mapped, and Windows then refuses to replace it.
+                shown = tuple(Shown(**{kind.name: stored.get_tensor(f"shown.{i}.{kind.name}") for kind in fields(Shown)
                                        if f"shown.{i}.{kind.name}" in names}) for i in range(count))
                 return cls(prompts=tuple(told["prompts"]), contexts=contexts, negative_text=told["negative"],
                            negative=stored.get_tensor("negative"), shown=shown if any(one.tensors() for one in shown) else ())

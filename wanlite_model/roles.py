@@ -44,3 +44,8 @@ class Role:
         """Where [...] this expert answers."""
         above = sigma >= self.boundary - 1e-6           # a schedule's own sigma at the boundary is the high one's, rounded or not
         return above if self.side == "high" else ~above
+
+    def turns(self, sigmas: Tensor) -> range:
+        """Those of the steps along falling sigmas [K + 1] that begin on its side."""
+        owned = self.owns(sigmas[:-1]).nonzero().flatten().tolist()
+        return range(owned[0], owned[-1] + 1) if owned else range(0)

@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 import torch
 from helpers_compress import CountingTeacher, result_of
-from helpers_distill import RECIPE, SHAPE, same, until
+from helpers_distill import RECIPE, SHAPE, until
 from helpers_tiny import random_bank, random_wan
 
 from wanlite_model import flow
@@ -173,6 +173,10 @@ def test_a_start_is_judged_on_its_own_side(pair, side):
     other = pair.other(side)
     probe = result_of(make_probe(other.beside(pair.teachers[side]), pair.bank, SHAPE, seed=0, count=24, cfg=CFG, each=2, renoised=1, role=other.role))
     assert len(probe.x) == 24 and other.role.owns(probe.sigma).all() and len(set(probe.sigma.tolist())) > 6
+    before = pair.forwards()
+    result_of(make_probe(other.beside(pair.teachers[side]), pair.bank, SHAPE, seed=0, count=4, cfg=CFG, role=other.role))
+    asked = {which: pair.forwards()[which] - before[which] for which in before}
+    assert asked["high"] > 0 and (asked["low"] > 0) == (side == "low")          # what follows the high one's last step is nobody's
     student = pair.create(side, method="greedy", block_steps=5, depth=3)
     assert student.card.expert == side and student.card.measured["start_error"] < student.card.measured["plain_cut_error"]
     assert pair.create(side, method="greedy", block_steps=5, depth=3).folder == student.folder
@@ -254,7 +258,29 @@ def test_the_experts_change_places_a_few_times_a_unit(pair):
     both.ready = lambda teacher: asked.append(teacher.name) or ready(teacher)
     cache = TeacherCache(pair.folder / "places", job, plan_units(job, pair.bank, None)[:1])
     list(cache.fill(both, pair.bank, None))
-    assert len(asked) > 12 and sum(a != b for a, b in zip(asked, asked[1:])) <= 4
+    assert len(asked) > 12 and sum(a != b for a, b in zip(asked, asked[1:])) == 2 and asked[0] == asked[-1] == "high"
+
+
+def test_of_a_batch_on_both_sides_the_expert_that_is_in_memory_is_asked_first(pair):
+    both, asked = ExpertPair(pair.teachers["high"], pair.teachers["low"], BOUNDARY), []
+    ready = both.ready
+    both.ready = lambda teacher: asked.append(teacher.name) or ready(teacher)
+    for sigmas in ([0.9, 0.2], [0.9, 0.2]):
+        both.velocity(torch.randn(2, *SHAPE), torch.tensor(sigmas), pair.bank.cond([0, 1]))
+    assert asked == ["high", "low", "low", "high"]
+
+
+def test_what_is_asked_again_leaves_no_expert_in_memory_that_no_step_asks(pair, monkeypatch, tmp_path):
+    """At each step the student's own teacher is asked, and stays; the other one comes back for what was damaged alone."""
+    job, released = pair.job("high", {**VELOCITY, "own_states": 0.5}), []
+    monkeypatch.setattr(pair, "folder", tmp_path)
+    going = pair.events(job, "run")
+    next(event for event in going if isinstance(event, Step))
+    for side, teacher in pair.teachers.items():
+        monkeypatch.setattr(teacher, "release", lambda needed=0, side=side: released.append((side, teacher.forwards)), raising=False)
+    for path in (tmp_path / "cache").glob("*.safetensors"):
+        path.write_bytes(b"torn")
+    assert isinstance(list(going)[-1], Finished) and ("low", pair.teachers["low"].forwards) in released
 
 
 def test_another_side_or_boundary_is_another_job(pair):

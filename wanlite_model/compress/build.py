@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ..config import WanConfig
+from ..config import WanConfig, video_size
 from ..errors import WanLiteError
 from ..experts import Other
 from ..files import patiently, read_json, write_json
@@ -148,11 +148,10 @@ def _make(teacher: Teacher, prompts: PromptBank | None, shape: tuple[int, int, i
           seed: int, cfg: float, other: Other | None, folder: Path) -> Generator[Progress, None, Built]:
     """Chooses, refits, measures and writes."""
     probe = None
-    asked, role = (teacher, None) if other is None else (other.beside(teacher), other.role)
+    if other is not None:
+        other.beside(teacher)               # refuses a pair that is none, whether something is measured or not
     if measures:
-        probe = yield from make_probe(asked, prompts, shape, seed=seed, count=_states(teacher.config, request, shape) + HELD_OUT, cfg=cfg, role=role)
-        if other is not None:
-            other.teacher.release()
+        probe = yield from _probed(teacher, prompts, shape, other, seed=seed, count=_states(teacher.config, request, shape) + HELD_OUT, cfg=cfg)
     with _staging(folder, fingerprint) as staging:
         plan, choice, cuts = yield from _choose(teacher, request, None if probe is None else probe[:-HELD_OUT], staging)
         healed = None
@@ -167,9 +166,19 @@ def _make(teacher: Teacher, prompts: PromptBank | None, shape: tuple[int, int, i
         if probe is not None:
             measured = yield from _measure(teacher, plan, weights, probe[-HELD_OUT:], measured)
         yield Progress(stage="Writing the start", done=0, total=1)
-        card = card_for(teacher, plan, shape, cfg=cfg, role=role, measured={} if measured.error is None else
+        card = card_for(teacher, plan, shape, cfg=cfg, role=other and other.role, measured={} if measured.error is None else
                         {"start_error": measured.error, "plain_cut_error": measured.plain_cut})
         return _write(folder / fingerprint, staging / fingerprint, teacher, weights, card, measured)
+
+
+def _probed(teacher: Teacher, prompts: PromptBank, shape: tuple[int, int, int, int], other: Other | None, **options: Any
+            ) -> Generator[Progress, None, Probe]:
+    """States of the teacher's own paths, or of both experts' on the side of the one that a student is made of; the other then makes room."""
+    if other is None:
+        return (yield from make_probe(teacher, prompts, shape, **options))
+    probe = yield from make_probe(other.beside(teacher), prompts, shape, role=other.role, **options)
+    other.teacher.release()
+    return probe
 
 
 def start_fingerprint(teacher: Teacher, request: Request, probing: Mapping[str, Any] | None, role: Mapping[str, Any] = {}) -> str:
@@ -244,10 +253,7 @@ def _heal(teacher: Teacher, prompts: PromptBank, shape: tuple[int, int, int, int
     size = KEPT.itemsize * tokens(shape) * teacher.config.dim
     count = max(LEAST_HEALING, min(MOST_HEALING, MEMORY // size))
     each = next((n for n in (ROLLOUT_STEPS, 4, 2) if count >= 2 * n * HEALING_ROLLOUTS), 1)
-    asked, role = (teacher, None) if other is None else (other.beside(teacher), other.role)
-    probe = yield from make_probe(asked, prompts, shape, seed=seed + 1, count=count, cfg=cfg, each=each, renoised=each, role=role)
-    if other is not None:
-        other.teacher.release()
+    probe = yield from _probed(teacher, prompts, shape, other, seed=seed + 1, count=count, cfg=cfg, each=each, renoised=each)
     yield Progress(stage="Writing the cut", done=0, total=1)
     config = plan.student_config(teacher.config)
     written = write_student(staging / "cut", config=config, tensors=_Weights(teacher, plan, cuts)())
@@ -310,10 +316,8 @@ def card_for(teacher: Teacher, plan: CompressionPlan, shape: tuple[int, int, int
              role: Role | None = None, **settings: Any) -> StudentCard:
     """What a student of this teacher says of itself, made for videos of latent shape (C, T, H, W); settings: other fields of the card."""
     config = teacher.config
-    _, frames, rows, columns = shape
-    scale = 16 if config.out_dim == 48 else 8           # pixels a latent pixel: TI2V-5B's VAE, and the others'
     return StudentCard(
-        shift=teacher.shift, size=(columns * scale, rows * scale, 4 * (frames - 1) + 1),
+        shift=teacher.shift, size=video_size(shape),
         teacher=f"{config.model_type}, {config.num_layers} blocks of {config.dim}, FFN {config.ffn_dim}",
         teacher_fingerprint=teacher.fingerprint, keep=plan.keep, ffn_dim=plan.ffn_dim, ffn_kept=plan.ffn_kept,
         **({} if role is None else {"expert": role.side, "boundary": role.boundary}),

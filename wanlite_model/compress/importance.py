@@ -58,10 +58,11 @@ def make_probe(teacher: Teacher, prompts: PromptBank, shape: tuple[int, int, int
     check_shape(teacher, shape)
     together = max(1, TOKENS_AT_ONCE // (2 * tokens(shape)))
     sigmas = flow.schedule(ROLLOUT_STEPS, teacher.shift)
-    wanted = [step for step in range(ROLLOUT_STEPS) if role is None or role.owns(sigmas[step])]
+    wanted = range(ROLLOUT_STEPS) if role is None else role.turns(sigmas)
     if not wanted:
         raise WanLiteError(f"At shift {teacher.shift:g} no step of the teacher lies on the {role.side} side of {role.boundary:g}.", "",
                            "Set ModelSamplingSD3's shift to the one that you sample with.")
+    steps = ROLLOUT_STEPS if renoised else wanted[-1] + 1           # nobody asks for what follows
     rollouts = list(range(math.ceil(count / (max(1, each * len(wanted) // ROLLOUT_STEPS) + renoised))))
     apart = max(1, len(wanted) // max(1, each * len(wanted) // ROLLOUT_STEPS))
     held = prompts.held_out             # what a student is measured on takes no part in making it
@@ -72,16 +73,16 @@ def make_probe(teacher: Teacher, prompts: PromptBank, shape: tuple[int, int, int
         which = [order[r % len(order)] for r in group]
         positive, negative = prompts.cond(which), prompts.negative_cond(which)
         noise = positive.placed(torch.stack([torch.randn(shape, generator=_generator(seed, r)) for r in group]))           # [b, C, T, H, W]
-        path = flow.euler_steps(lambda x, sigma: guided_velocity(teacher, x, sigma, positive, negative, cfg), noise, sigmas)
+        path = flow.euler_steps(lambda x, sigma: guided_velocity(teacher, x, sigma, positive, negative, cfg), noise, sigmas[:steps + 1])
         taken: dict[tuple[int, int], Probe] = {}
-        for step in range(ROLLOUT_STEPS):
+        for step in range(steps):
             with torch.no_grad():
                 x, sigma, _ = next(path)
             with torch.inference_mode(False), torch.no_grad():
                 for i, r in enumerate(group):
                     if step in wanted and wanted.index(step) % apart == r % apart:
                         taken[r, step] = Probe(x=x[i:i + 1].clone(), sigma=sigma[i:i + 1].clone(), cond=positive[i:i + 1].clone())
-            yield Progress(stage="Probing the teacher", done=first + len(group) * (step + 1) // ROLLOUT_STEPS, total=len(rollouts))
+            yield Progress(stage="Probing the teacher", done=first + len(group) * (step + 1) // steps, total=len(rollouts))
         with torch.no_grad():
             x0, *_ = next(path)
         with torch.inference_mode(False), torch.no_grad():

@@ -85,13 +85,7 @@ class RunFolder:
 
     def _compare(self, job: DistillJob) -> None:
         told = self.noted("job")
-        if told is None:
-            return
-        try:
-            old = DistillJob.from_json(told)
-        except (KeyError, TypeError) as error:
-            raise self._damaged() from error
-        if changed := differences(old, job):
+        if told is not None and (changed := differences(DistillJob.from_json(told), job)):
             raise WanLiteError(f"Run {self.path.name!r} was made with {', '.join(changed)}.", "",
                                "Restore these values to continue it, or type a new run name to start from step 0. Nothing was overwritten.")
 

@@ -16,9 +16,12 @@ from .paths import own_turns
 
 
 def check(job: DistillJob, handle: StudentHandle, teacher: Teacher, prompts: PromptBank, latents: Tensor | None, start_from: Lora | None) -> None:
-    """Raises WanLiteError where the parts are not those that the job was made for, or there is nothing that it could do with them."""
+    """Raises WanLiteError where the parts are not those that the job was made for, or there is nothing that it could do with them.
+
+    prompts: fitted to the teacher.
+    """
     check_latents(latents, prompts)
-    _check_parts(job, handle, teacher, prompts.fitted(teacher.config, job.shape), start_from)
+    _check_parts(job, handle, teacher, prompts, start_from)
     ours, its = handle.config, teacher.config
     if (ours.in_dim, ours.out_dim, ours.img_emb) != (its.in_dim, its.out_dim, its.img_emb):
         raise WanLiteError(f"The student is a WAN {_kind(ours)} and the teacher is {_kind(its)}.",

@@ -190,9 +190,8 @@ class TeacherCache:
     @property
     def missing_bytes(self) -> int:
         """That the units which are not there yet take on disk."""
-        path, renoised, shared = state_counts(self.job)
         answers = 0 if self.job.trajectory else 2 if self.job.guided else 1             # beside the state itself
-        each = (path + renoised + shared + self.job.trajectory) * (1 + answers) * math.prod(self.job.shape) * STORED.itemsize
+        each = (sum(state_counts(self.job)) + self.job.trajectory) * (1 + answers) * math.prod(self.job.shape) * STORED.itemsize
         return each * sum(not self.intact(unit) for unit in self.units)
 
     def groups(self) -> list[tuple[Unit, ...]]:

@@ -88,17 +88,16 @@ def evaluate(student: WanLiteStudent, held: Batch, prompts: PromptBank, job: Dis
     found = _summary(torch.cat(errors), torch.cat(scales), torch.cat(gaps), held.sigma)
     if paths is None:
         return found
-    ends, goals = [], []
+    ends = []
     for start in range(0, len(paths.x), size):
         part = paths[start:start + size]
         end = part.x
         for i, x in enumerate(roll(student, part.x, sigmas, prompts, part.prompts, job)):
             end = x
             yield len(held.x) + start * steps + (i + 1) * len(part.x), total
-        cond = prompts.cond(part.prompts)
-        ends.append(cond.made(end))
-        goals.append(cond.made(part.goal))
-    end, goal = torch.cat(ends), torch.cat(goals)
+        ends.append(end)
+    told = prompts.cond(paths.prompts[:1])              # as many frames are given with each
+    end, goal = told.made(torch.cat(ends)), told.made(paths.goal)
     error = drift(end, goal) if job.matching else float((end - goal).square().double().sum() / goal.square().double().sum())
     return replace(found, error=error, closure=float("nan"))
 

@@ -100,8 +100,8 @@ def _scheduler(job: DistillJob) -> str:
 def _as_expert(job: DistillJob) -> list[str]:
     if job.role is None:
         return []
-    turns, end = own_turns(job), job.student_steps if job.role.side == "low" else own_turns(job).stop
-    return [f"It is the expert of {job.role.side} noise: of the {job.student_steps} steps it makes {turns.start} to {end} (start_at_step and end_at_step of "
+    turns = own_turns(job)
+    return [f"It is the expert of {job.role.side} noise: of the {job.student_steps} steps it makes {turns.start} to {turns.stop} (start_at_step and end_at_step of "
             "KSamplerAdvanced), and the other expert, or its student, the others. Trained and measured on these alone."]
 
 

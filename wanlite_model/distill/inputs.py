@@ -64,9 +64,9 @@ def prepare(files: RunFolder, job: DistillJob, inputs: Inputs, teacher: Teacher,
     dequantised. Raises WanLiteError when the job could not be run with these parts, or when the folder is another job's or cannot be written; what
     was there stays as it was.
     """
+    inputs = replace(inputs, prompts=inputs.prompts.fitted(teacher.config, job.shape))
     check(job, inputs.student, teacher, inputs.prompts, inputs.latents, inputs.start_from)
     asked_of(job, teacher, other)
-    inputs = replace(inputs, prompts=inputs.prompts.fitted(teacher.config, job.shape))
     with files.opened(job):
         keep(files, inputs, teacher, cache_root, other)
         yield "copying the start"

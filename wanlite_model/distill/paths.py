@@ -55,19 +55,16 @@ def own_turns(job: DistillJob) -> range:
     """Those of the student's steps that are its own to make: all, or an expert's on its side. Raises WanLiteError where there is none."""
     if job.role is None:
         return range(job.student_steps)
-    owned = job.role.owns(student_sigmas(job)[:-1]).nonzero().flatten().tolist()
-    if not 0 < len(owned) < job.student_steps:
+    turns = job.role.turns(student_sigmas(job))
+    if not 0 < len(turns) < job.student_steps:
         raise WanLiteError(f"All {job.student_steps} steps lie on one side of the boundary {job.role.boundary:g} at shift {job.shift:g}.",
                            "Each of the two experts makes at least one.", "Set ModelSamplingSD3's shift to the one that you sample with, or more steps.")
-    return range(owned[0], owned[-1] + 1)
+    return turns
 
 
 def own_points(job: DistillJob) -> range:
     """The points of the teacher's path that are the student's own to answer at: all, or those on an expert's side."""
-    if job.role is None:
-        return range(job.path_steps)
-    owned = job.role.owns(rollout_sigmas(job)[:-1]).nonzero().flatten().tolist()
-    return range(owned[0], owned[-1] + 1)
+    return range(job.path_steps) if job.role is None else job.role.turns(rollout_sigmas(job))
 
 
 def own_sigmas(job: DistillJob) -> Tensor:
@@ -115,18 +112,14 @@ class Answers:
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """x [G, C, T, H, W], sigma [G] -> the guided velocity."""
-        v_pos, v_neg = guided_pair(self.teacher, x, sigma, self.positive, self.negative)
-        self.remember(x=x, sigma=sigma, v_pos=v_pos, v_neg=v_neg)
+        v_pos, v_neg = self.ask(self.teacher, x, sigma)
         return v_pos if v_neg is None else flow.guided(v_neg, v_pos, self.cfg)
 
-    @property
-    def experts(self) -> tuple[Teacher, Teacher]:
-        return self.teacher.high, self.teacher.low
-
-    def of_one(self, expert: Teacher, x: Tensor, sigma: Tensor) -> None:
-        """Asks one expert, whichever side it is on."""
-        v_pos, v_neg = guided_pair(self.teacher.ready(expert), x, sigma, self.positive, self.negative)
+    def ask(self, teacher: Teacher, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(v_pos, v_neg) of this teacher, or of one of two experts whichever side it is on."""
+        v_pos, v_neg = guided_pair(teacher, x, sigma, self.positive, self.negative)
         self.remember(x=x, sigma=sigma, v_pos=v_pos, v_neg=v_neg)
+        return v_pos, v_neg
 
     def remember(self, **state: Tensor | None) -> None:
         """Adds a column of each kind that is kept."""
@@ -156,16 +149,22 @@ def visit(job: DistillJob, group: Sequence[Rolled], answers: Answers, latents: T
         x0 = torch.stack([latents[u.item].float() for u in group])
     draws = [seeded(job.train_seed, "renoise", u.index) for u in group]
     sigmas = torch.stack([renoised_sigmas(job, renoised, draw) for draw in draws])                     # [G, R]
+    if shared:                              # where one takes over from the other: what each of them says there
+        pair, near = answers.teacher, [seeded(job.train_seed, "hand-over", u.index) for u in group]
+        sigma = (job.role.boundary + (2 * torch.cat([torch.rand(1, generator=draw) for draw in near]) - 1) * OVERLAP).clamp(0, 1)         # [G]
+        x = flow.add_noise(x0, torch.stack([torch.randn(job.shape, generator=draw) for draw in near]), sigma)
+        # The low one, which the path ended with, is asked first, and the high one last, with which the next path begins. In the file it is the high one first.
+        answers.ask(pair.ready(pair.low), x, sigma)
+        low = {name: values.pop() for name, values in answers.columns.items()}
+        yield
     for k in range(renoised):
         noise = torch.stack([torch.randn(job.shape, generator=draw) for draw in draws])
         answers(flow.add_noise(x0, noise, sigmas[:, k]), sigmas[:, k])
         yield
-    if shared:                              # where one takes over from the other: what each of them says there
-        near = job.role.boundary + (2 * torch.cat([torch.rand(1, generator=draw) for draw in draws]) - 1) * OVERLAP         # [G]
-        x = flow.add_noise(x0, torch.stack([torch.randn(job.shape, generator=draw) for draw in draws]), near.clamp(0, 1))
-        for expert in answers.experts:
-            answers.of_one(expert, x, near.clamp(0, 1))
-            yield
+    if shared:
+        answers.ask(pair.ready(pair.high), x, sigma)
+        answers.remember(**low)
+        yield
 
 
 def renoised_sigmas(job: DistillJob, count: int, draw: torch.Generator) -> Tensor:
@@ -174,7 +173,7 @@ def renoised_sigmas(job: DistillJob, count: int, draw: torch.Generator) -> Tenso
         drawn = grid[torch.randperm(len(grid), generator=draw)[:count]]         # each once: an expert's side may be one of four
     else:
         drawn = flow.sample_sigma(count, job.shift, uniform_share(job), draw)
-    # In this order the experts change places once: after a path the low one is in memory, and before the next one the high one is wanted.
+    # In this order the experts change places once: see visit.
     return drawn if job.role is None else drawn.sort().values
 
 

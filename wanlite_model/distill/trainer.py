@@ -86,8 +86,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.prompts = self.prompts.fitted(self.teacher.config, self.job.shape)
-        self.asked = asked_of(self.job, self.teacher, self.other)
-        self.asking = Asking(job=self.job, root=self.cache_root, teacher=self.asked, prompts=self.prompts, latents=self.latents)
+        self.asking = Asking(job=self.job, root=self.cache_root, teacher=asked_of(self.job, self.teacher, self.other), prompts=self.prompts,
+                             latents=self.latents)
         self.length = Length(job=self.job, files=self.files, most_units=self.asking.most_units)
 
     def events(self) -> Iterator[Event]:
@@ -147,7 +147,7 @@ class Run:
         """The job, to its end; False when the device ran out of memory. What was not saved then is lost, and nothing is left on the device."""
         levers = self.budget.rungs[0]
         self.files.note("levers", asdict(levers))
-        self.asked.release(self._room())
+        self.asking.teacher.release(self._room())
         try:
             with capped(self.teacher.device, self.budget.machine):
                 yield from self._train_with(levers)
@@ -252,7 +252,9 @@ class Run:
         damaged.path.unlink(missing_ok=True)
         yield from self.asking.fill(self.cache)
         if self.state is None or self.online is not self.teacher:
-            self.asked.release()
+            self.asking.teacher.release()
+        elif self.other is not None:
+            self.other.release()                # no step asks it
 
     @trains
     def _fresh_state(self, levers: Levers = Levers()) -> TrainState:
@@ -307,7 +309,7 @@ class Run:
         """The loop. Whatever ends it, the last complete step is on disk afterwards."""
         saved, saved_at, state, seconds = self.state.step, time.monotonic(), self.state, []
         try:
-            if self._due() and not self._measured():
+            if self.course.due(state.step) and not self._measured():
                 yield from self._measure()              # it was stopped while it did
             while state.step < self.last and not self._over():
                 step = yield from self._step()
@@ -316,7 +318,7 @@ class Run:
                 seconds.append(step.seconds)
                 if self._may_spill() and spilled(seconds, self.budget.step_seconds):
                     raise torch.cuda.OutOfMemoryError("The steps take as long as they do when a card's memory goes on in the computer's.")
-                if self._due():
+                if self.course.due(state.step):
                     yield from self._measure()
                 if time.monotonic() - saved_at >= 60 * self.job.recipe.save_every:
                     yield Stage(name=f"saving {size_of(state) / 2**30:.1f} GiB", done=0, total=1)
@@ -336,10 +338,6 @@ class Run:
             return False
         free, total = torch.cuda.mem_get_info(self.teacher.device)
         return free < FULL * total
-
-    def _due(self) -> bool:
-        """Whether the step that was just finished is one to evaluate."""
-        return self.course.due(self.state.step)
 
     def _measured(self) -> bool:
         """Whether the weights after the last step were evaluated."""
