@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from demo.comfy_path import ROOT, import_pack, open_comfyui
+from demo.comfy_path import ROOT, open_comfyui, pack_module
 from wanlite_model.formats.read import open_wan
 
 KINDS = ("F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "Q6_K", "Q4_K")
@@ -42,7 +42,7 @@ def measure(kind: str, file: Path, custom_node: Path) -> list[float]:
     from helpers_bridge import lora, lora_change, state
     from helpers_storage import write_gguf
     from helpers_tiny import random_wan
-    teacher_of = importlib.import_module(import_pack().__name__ + ".nodes.comfy_bridge.teacher").ComfyTeacher
+    teacher_of = pack_module("nodes.comfy_bridge.teacher").ComfyTeacher
     kept = write_gguf(file, random_wan(seed=3, ffn_dim=256).state_dict(), kind).weights
     model, found, x = open_with_comfyui_gguf(file, custom_node), [], state()
     velocities = []

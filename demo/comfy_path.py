@@ -1,4 +1,5 @@
 """Where Python finds ComfyUI and the pack: ComfyUI owns the module name `nodes`, and this repository has a folder of that name."""
+import importlib
 import importlib.util
 import shutil
 import sys
@@ -55,6 +56,12 @@ def import_pack(folder: Path = ROOT) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def pack_module(name: str) -> ModuleType:
+    """A module of that pack, such as "nodes.comfy_bridge.teacher"; "" is the pack itself."""
+    pack = import_pack().__name__
+    return importlib.import_module(f"{pack}.{name}" if name else pack)
 
 
 def install_pack(custom_nodes: Path) -> Path:

@@ -10,8 +10,6 @@ from .sockets import Prompts, Student
 
 CUSTOM = "custom"
 PRESETS = {"same size": 1.0, "3/4 of the blocks": 0.75, "2/3 of the blocks": 2 / 3, "1/2 of the blocks": 0.5, CUSTOM: None}
-FORMATS = ("folder", "single file", "diffusers folder", "LoRA", "GGUF")
-DTYPES = ("bf16", "fp16", "fp32", "fp8", "Q8_0", "Q5_0", "Q4_0")
 
 
 class WanLiteCreateStudent(io.ComfyNode):
@@ -96,6 +94,7 @@ class WanLiteCreateStudent(io.ComfyNode):
 class WanLiteSaveStudent(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        from ..wanlite_model.formats.pairs import DTYPES, LAYOUTS
         return io.Schema(
             node_id="WanLiteSaveStudent", display_name="WanLite Save Student", category="WanLite", is_output_node=True,
             description="Saves a student for the reader of your choice, opens it with that reader and compares one forward before it is put in place. "
@@ -104,7 +103,7 @@ class WanLiteSaveStudent(io.ComfyNode):
                 Student.Input("student", tooltip="The student to save."),
                 io.String.Input("name", default="wanlite-student",
                                 tooltip="Its name below models/diffusion_models: letters, digits, spaces, - and _."),
-                io.Combo.Input("format", options=list(FORMATS), default="folder",
+                io.Combo.Input("format", options=list(LAYOUTS), default="folder",
                                tooltip="'folder' opens in ComfyUI, in Wan's own code and in diffusers' from_single_file. 'single file' is one .safetensors "
                                        "with nothing beside it. 'diffusers folder', below output/wanlite/diffusers, is for diffusers' "
                                        "from_pretrained. 'LoRA', for a student that was trained as one: a small file in models/loras, for the "
@@ -157,11 +156,12 @@ class WanLiteSaveStudent(io.ComfyNode):
 class WanLiteLoadStudent(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        names = folders.model_names()
         return io.Schema(
             node_id="WanLiteLoadStudent", display_name="WanLite Load Student", category="WanLite",
             description="A saved student, to sample it or to go on distilling it. Any other WAN file is taken as a student that keeps all blocks. What a "
                         "predecessor of WanLite wrote is read as a recipe: field by field, and what to set to get such a student from a WAN.",
-            inputs=[io.Combo.Input("name", options=[*folders.model_names(), *folders.recipe_names()],
+            inputs=[io.Combo.Input("name", options=[*names, *folders.recipe_names(names)],
                                    tooltip="A file or folder below models/diffusion_models. A student's recommended shift is set on its MODEL.")],
             outputs=[Student.Output(display_name="student", tooltip="For WanLite Distill, or to be saved in another format."),
                      io.Model.Output(display_name="model", tooltip="Ready for a stock KSampler: its shift is set.")])

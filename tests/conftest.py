@@ -1,5 +1,4 @@
 """Fixtures: a ComfyUI in this process, the pack imported as ComfyUI imports it, and a real server."""
-import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -12,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import run  # noqa: E402
-from demo.comfy_path import import_pack, put_comfyui_first  # noqa: E402
+from demo.comfy_path import pack_module, put_comfyui_first  # noqa: E402
 
 try:
     COMFYUI = run.find_comfyui()
@@ -79,5 +78,4 @@ def pack(comfyui: SimpleNamespace) -> Callable[[str], ModuleType]:
 
     Its engine is not the top-level `wanlite_model` of the unit tests: expect pack("wanlite_model.errors").WanLiteError.
     """
-    name = import_pack().__name__
-    return lambda module: importlib.import_module(f"{name}.{module}" if module else name)
+    return pack_module

@@ -1,11 +1,10 @@
 """The bridge's open_model, with ComfyUI's own loader behind it, as one more reader."""
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
-from demo.comfy_path import import_pack, put_comfyui_first
+from demo.comfy_path import pack_module, put_comfyui_first
 
 from .originals import PACKED, WANS, Place
 from .targets import Target, Wrong, alike, honest, reference
@@ -18,10 +17,8 @@ def comfy_target(comfyui: Path) -> tuple[Target, type[Exception]]:
     put_comfyui_first(comfyui)
     import comfy.cli_args
     comfy.cli_args.args.cpu = True
-    name = import_pack().__name__
-    load = importlib.import_module(f"{name}.nodes.comfy_bridge.load")
-    error = importlib.import_module(f"{name}.wanlite_model.errors").WanLiteError
-    return Target(name="open_model in ComfyUI", kinds=(*WANS, *PACKED), read=load.open_model, check=_check), error
+    read, error = pack_module("nodes.comfy_bridge.load").open_model, pack_module("wanlite_model.errors").WanLiteError
+    return Target(name="open_model in ComfyUI", kinds=(*WANS, *PACKED), read=read, check=_check), error
 
 
 def _check(place: Place, model: Any) -> None:

@@ -24,7 +24,7 @@ class Guard:
     def __init__(self, home: Path, *own: Path) -> None:
         self.seen: list[str] = []
         self._armed = self._writes = False
-        self._home, self._place = str(home), str(home / "place")
+        self._place = str(home / "place")
         self._own = tuple({str(path) for path in (ROOT, home / "originals", *own, sys.prefix, sys.base_prefix, os.path.dirname(os.__file__),
                                                   *filter(os.path.isabs, sys.path))})
         sys.dont_write_bytecode = True

@@ -29,6 +29,7 @@ from wanlite_model.prompts import PromptBank
 from wanlite_model.teacher import FileTeacher
 from wanlite_model.transformer import WanLiteStudent
 
+from .. import result_of
 from .originals import CONFIG, ENTRY, GGUF, PACKED, SHAPE, WANS, Place
 
 HALF = StudentHandle(folder="", config=CONFIG.resized(num_layers=1, ffn_dim=CONFIG.ffn_dim), fingerprint="",
@@ -267,12 +268,8 @@ def _start_of(path: Path) -> StudentHandle:
     """As Create Student finds the start that an earlier request left."""
     originals = path.parent.parent / "originals"
     teacher = FileTeacher(originals / "file" / ENTRY["file"], shift=3.0, device=torch.device("cpu"))
-    making = create_student(teacher, PromptBank.load(originals / "bank" / ENTRY["bank"]), SHAPE, depth=1, method="interleaved", folder=path)
-    while True:
-        try:
-            next(making)
-        except StopIteration as end:
-            return end.value[0]
+    bank = PromptBank.load(originals / "bank" / ENTRY["bank"])
+    return result_of(create_student(teacher, bank, SHAPE, depth=1, method="interleaved", folder=path))[0]
 
 
 def _check_start(place: Place, handle: StudentHandle) -> None:

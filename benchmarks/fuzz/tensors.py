@@ -15,7 +15,7 @@ from wanlite_model.formats.read import PREFIXES
 
 from .containers import CONTAINERS, parsed, put, some_file
 from .mutation import spoils
-from .originals import WANS, Place
+from .originals import Place
 from .texts import BAD
 
 NAMES, SHAPES, METADATA, LORA, BANK = "renamed and missing tensors", "wrong shapes and dtypes", "metadata that lies", "LoRAs", "prompt banks"

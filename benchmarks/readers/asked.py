@@ -26,10 +26,9 @@ class Asked:
     @classmethod
     def of(cls, variant: str, config: WanConfig) -> Asked:
         """For 2.1's image-to-video with CLIP features, for 2.2's TI2V with a first frame that is given, at timestep 0."""
-        first = variant == "ti2v"
-        network = given(config.in_dim, PICTURES.get(variant, 0), SIZE, first)
+        network = given(config.in_dim, PICTURES.get(variant, 0), SIZE)
         x, beside = network.x[:, :config.out_dim], network.x[:, config.out_dim:]
-        cond = Cond(context=network.context, image=beside if beside.shape[1] else None, clip_fea=network.clip, given=x[:, :, :1] if first else None)
+        cond = Cond(context=network.context, image=beside if beside.shape[1] else None, clip_fea=network.clip, given=x[:, :, :1] if variant == "ti2v" else None)
         return cls(network=replace(network, t=cond.timestep(x, SIGMA)), x=x, sigma=SIGMA, cond=cond)
 
     def answered(self, module: nn.Module) -> Tensor:

@@ -1,7 +1,6 @@
 """A teacher in every storage: written, opened by ComfyUI, and read without it."""
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from helpers_storage import E4M3, E5M2, Kept, is_linear, plain, scaled, write_gg
 from torch import Tensor
 
 from benchmarks.readers_gguf import open_with_comfyui_gguf
-from demo.comfy_path import import_pack
+from demo.comfy_path import pack_module
 from wanlite_model.config import WanConfig
 from wanlite_model.formats.keymap import key_map, rows_of
 from wanlite_model.formats.lora import Factors, Lora, read_lora, write_lora
@@ -85,7 +84,7 @@ def stored(storage: str, folder: Path, wan: WanLiteStudent, custom_node: Path | 
 
 def bridge(module: str) -> Any:
     """A module of nodes/comfy_bridge, of the pack as ComfyUI imports it."""
-    return importlib.import_module(f"{import_pack().__name__}.nodes.comfy_bridge.{module}")
+    return pack_module(f"nodes.comfy_bridge.{module}")
 
 
 def lora_for(config: WanConfig, seed: int, diffs: bool) -> Lora:

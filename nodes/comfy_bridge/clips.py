@@ -65,7 +65,7 @@ class Contender(Half):
         if self.role is None or self.other is None:
             return ((self, None),)
         own, its = self.sigmas(how), self.other.sigmas(how)
-        above = int(Role(side="high", boundary=self.role.boundary).owns(own[:-1]).sum())
+        above = len(Role(side="high", boundary=self.role.boundary).turns(own))
         if not 0 < above < len(own) - 1:
             raise WanLiteError(f"All {len(own) - 1} steps of the {self.name} lie on one side of the boundary {self.role.boundary:g}.",
                                "Each of the two experts makes at least one.", "Set its shift with ModelSamplingSD3, or more steps.")

@@ -74,12 +74,11 @@ def model_names() -> list[str]:
     return [f"{parent.replace(os.sep, '/')}/" for parent in parents if _config_of(parent)] + files
 
 
-def recipe_names() -> list[str]:
-    """Folders below the model folders, up to two deep, that hold a predecessor's config and no weights: model_names() has those with weights."""
-    listed = set(model_names())
+def recipe_names(listed: list[str]) -> list[str]:
+    """Folders below the model folders, up to two deep, that hold a predecessor's config and no weights: those with weights are `listed`, of model_names()."""
     found = (config.parent.relative_to(folder).as_posix() + "/" for folder in map(Path, folder_paths.get_folder_paths(MODELS)) for deep in ("*", "*/*")
              for config in folder.glob(f"{deep}/*config.json") if not any(config.parent.glob("*.safetensors")) and read_recipe(config.parent))
-    return sorted(set(found) - listed)
+    return sorted(set(found) - set(listed))
 
 
 def model_path(name: str) -> Path | None:

@@ -3,11 +3,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ...wanlite_model.config import video_size
 from ...wanlite_model.errors import WanLiteError
-from .conditions import given_frames
+from .conditions import given_frames, processed
 
 
 def shape_of(latent: dict[str, Any], channels: int) -> tuple[int, int, int, int]:
@@ -17,20 +17,17 @@ def shape_of(latent: dict[str, Any], channels: int) -> tuple[int, int, int, int]
 
 def size_of(latent: dict[str, Any]) -> tuple[int, int, int]:
     """Width and height in pixels, and frames, of the videos that a WAN's LATENT stands for."""
-    channels, frames, rows, columns = shape_of(latent, latent["samples"].shape[1])
-    scale = 16 if channels == 48 else 8                     # pixels a latent pixel: TI2V-5B's VAE, and the others'
-    return columns * scale, rows * scale, 4 * (frames - 1) + 1
+    return video_size(shape_of(latent, latent["samples"].shape[1]))
 
 
-def training_latents(latent: dict[str, Any], model: Any, channels: int) -> Tensor | None:
+def training_latents(latent: dict[str, Any], channels: int) -> Tensor | None:
     """[N, C, T, H, W] in processed space, or None when the LATENT is empty and only tells a size. Raises WanLiteError."""
     samples = _samples(latent, channels)
     if not samples.any():
         return None
     if given_frames(latent):                # a size, and the frames that the prompts were encoded with
         return None
-    with torch.inference_mode(False):
-        return model.get_model_object("latent_format").process_in(samples.detach().float().cpu().clone())
+    return processed(samples)
 
 
 def _samples(latent: dict[str, Any], channels: int) -> Tensor:

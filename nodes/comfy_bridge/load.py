@@ -1,7 +1,6 @@
 """A MODEL from a file or folder, as ComfyUI's own loader makes it, with its shift set as ModelSamplingSD3 sets it."""
 from __future__ import annotations
 
-import json
 import logging
 import math
 import mmap
@@ -105,8 +104,8 @@ def _mapped(source: WanFile) -> tuple[dict[str, Tensor], dict[str, str]]:
     scaled = {name.removesuffix(".weight"): place for name, place in source.places.items() if place.scale is not None}
     tensors = {name: at(place) for name, place in source.places.items()}
     tensors |= {f"{layer}.weight_scale": at(place.scale) for layer, place in scaled.items()}
-    layers = {layer: {"format": quantised.NAMES[place.entry.dtype]} for layer, place in scaled.items()}
-    return tensors, {quantised.HEADER: json.dumps({"format_version": "1.0", "layers": layers})} if layers else {}
+    formats = {layer: quantised.NAMES[place.entry.dtype] for layer, place in scaled.items()}
+    return tensors, quantised.header_of(formats) if formats else {}
 
 
 def _check(path: Path) -> None:

@@ -13,7 +13,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...wanlite_model.compress.handle import StudentHandle
+from ...wanlite_model.compress.handle import Opened, StudentHandle
 from ...wanlite_model.compress.loras import Taken, TeacherLora, check_student, moved, place_of, read_teacher_lora, save_remapped
 from ...wanlite_model.compress.plan import Progress
 from ...wanlite_model.errors import WanLiteError
@@ -24,7 +24,6 @@ from .load import open_student
 from .teacher import PREFIX
 from .verify import LORA_READER, OPENED
 
-COMPARED = 3            # layers of a file whose weights are computed: the first, one in the middle, the last
 LIMIT = 1e-4            # of the largest change of a weight; fp32 is not summed in the same order everywhere
 ROUNDING = 2e-7         # of the largest weight: fp32's own
 
@@ -78,13 +77,14 @@ class Verifier:
             raise WanLiteError(f"{LORA_READER} passes over {lost[0]!r} and {len(lost) - 1} more of what was moved from {lora.path.name}.",
                                "It should take all of it.", "Nothing was saved; please report this with the LoRA's name.")
         compared = [layer for layer in lora.parts if place_of(layer, self._student.plan)]
-        compared = [compared[i] for i in sorted({0, len(compared) // 2, len(compared) - 1})]
-        taken = Taken(tensors=len(tensors), compared=sum(self._compare(layer, lora, patched) for layer in compared))
+        compared = [compared[i] for i in sorted({0, len(compared) // 2, len(compared) - 1})]        # weights are computed of these alone
+        with self._student.open() as opened:
+            taken = Taken(tensors=len(tensors), compared=sum(self._compare(layer, lora, patched, opened) for layer in compared))
         del tensors, patched, used
         gc.collect()                    # the file is renamed next, which Windows refuses while it is mapped
         return taken
 
-    def _compare(self, layer: str, lora: TeacherLora, patched: Any) -> bool:
+    def _compare(self, layer: str, lora: TeacherLora, patched: Any, opened: Opened) -> bool:
         """Whether this layer of the teacher could be compared: what ComfyUI makes of the student's weight, with that weight and the change."""
         place = place_of(layer, self._student.plan)
         change = moved(lora.change(layer), layer, self._student.plan)
@@ -94,7 +94,7 @@ class Verifier:
         key = f"{PREFIX}{place}.weight"
         stored, _, unpack = comfy.model_patcher.get_key_weight(patched.model, key)        # never loaded: nothing is laid over it in place
         plain = stored if unpack is None else unpack(stored, inplace=False)
-        with torch.no_grad(), self._student.open() as opened:
+        with torch.no_grad():
             became = comfy.lora.calculate_weight(patched.patches[key], plain.to(torch.float32, copy=True), key)
             [(_, weight)] = opened.tensors([f"{place}.weight"])
             difference = (became - weight.to(became.device).float() - meant.reshape(weight.shape).to(became.device)).abs().max()

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from ...wanlite_model.cond import Shown
 from ...wanlite_model.errors import WanLiteError
+from ...wanlite_model.formats.workflow import FPS, FPS_5B
 from . import folders
-from .folders import BOTH, FIRST, NOTHING
 from .conditions import processed, rows_of
+from .folders import BOTH, FIRST, NOTHING
 from .latents import size_of
 
 PICTURES, CLIPS = (".png", ".jpg", ".jpeg", ".webp", ".bmp"), (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif")
 LAST = "_last"                              # of the name of a picture that another one's clip is to end with
 ROUNDED = 2e-3                           # seconds: containers keep times in milliseconds
-FPS = {16: 16, 48: 24}                      # that WAN moves at, by its VAE's channels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +58,7 @@ class Encoder:
         width, height, length = size_of(self.latent)
         for done, item in enumerate(items, start=1):
             with torch.inference_mode():                    # as VAEEncode runs
-                seen = Seen.of(item, width, height, length, FPS.get(self.vae.latent_channels, 16))
+                seen = Seen.of(item, width, height, length, FPS_5B if self.vae.latent_channels == 48 else FPS)
                 if self.show != NOTHING:
                     shown.append(self._shown(seen, width, height, length))
                 if len(seen.fitted) == length:
@@ -73,14 +73,17 @@ class Encoder:
         first, last = seen.fitted[:1], seen.last_fitted
         if self.vae.latent_channels == 48:
             return Shown(given=processed(self.vae.encode(first))[0])
-        of_first, of_last = (None if self.clip_vision is None else self.clip_vision.encode_image(picture, crop=False) for picture in (seen.first, seen.last))
         empty = [[torch.zeros(1, 1, 1), {}]]
         if self.show == BOTH:
-            told = WanFirstLastFrameToVideo.execute(empty, empty, self.vae, width, height, length, 1, first, last, of_first, of_last)
+            told = WanFirstLastFrameToVideo.execute(empty, empty, self.vae, width, height, length, 1, first, last, self._by_clip(seen.first),
+                                                      self._by_clip(seen.last))
         else:
-            told = WanImageToVideo.execute(empty, empty, self.vae, width, height, length, 1, first, of_first)
+            told = WanImageToVideo.execute(empty, empty, self.vae, width, height, length, 1, first, self._by_clip(seen.first))
         [(_, shown)] = rows_of(told.args[0])
         return shown
+
+    def _by_clip(self, picture: Tensor) -> Any:
+        return None if self.clip_vision is None else self.clip_vision.encode_image(picture, crop=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

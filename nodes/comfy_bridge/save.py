@@ -51,7 +51,7 @@ def _notes(student: StudentHandle, report: SaveReport, recorded: Recorded, state
     yield readers.told(student.config, layout, dtype, diffs=layout == "LoRA" and _has_diffs(student))
     if layout == "diffusers folder":
         yield f"In Python: WanTransformer3DModel.from_pretrained({str(report.path)!r}). It is not below ComfyUI's models, since ComfyUI does not read it."
-    if layout not in FOLDERS and stated != Stated(merged=stated.merged):
+    if layout not in FOLDERS and stated != Stated():
         yield f"Base model, licence and picture go into a folder's model card; a {layout} has none."
 
 

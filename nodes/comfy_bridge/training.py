@@ -40,7 +40,6 @@ class Training:
     """A job and the parts it is run with. Building it checks all that a link decides, before any work on the device."""
     job: DistillJob
     teacher: ComfyTeacher
-    model: Any
     student: StudentHandle
     prompts: PromptBank
     latents: Tensor | None
@@ -66,7 +65,7 @@ class Training:
                                "It is where one of two experts takes over from the other.", "Set it to 0, or choose the expert and connect the other one.")
         levers = LeverSettings(**{field.name: changes.pop(field.name) for field in fields(LeverSettings) if field.name in changes})
         start_from = None if lora is None else read_lora(folders.lora_path(lora), student.config)
-        shape, latents = shape_of(latent, its.out_dim), training_latents(latent, model, its.out_dim)
+        shape, latents = shape_of(latent, its.out_dim), training_latents(latent, its.out_dim)
         prompts = prompts.fitted(its, shape)
         if given_frames(latent) and not (prompts.shown and prompts.shown[0].given is not None):
             raise WanLiteError("The LATENT keeps its first frames, and the prompts were encoded without them.", "They are part of what this WAN is told.",
@@ -85,7 +84,7 @@ class Training:
             raise WanLiteError(f"The SIGMAS have {job.student_steps} steps and the student is to have {its_own}.",
                                "With a few-step preset they are the student's own noise levels.",
                                f"Connect SIGMAS of {its_own} steps, or leave the input open.")
-        return cls(job=job, teacher=teacher, model=model, student=student, prompts=prompts, latents=latents, vae=vae, start_from=start_from, other=other,
+        return cls(job=job, teacher=teacher, student=student, prompts=prompts, latents=latents, vae=vae, start_from=start_from, other=other,
                    remark=() if student.card else expert_note(its, other, expert))
 
     @property
@@ -150,6 +149,6 @@ class Training:
     def _frame(self, latents: Tensor) -> Tensor:
         """The middle frame [H, W, 3] of a sample [1, C, T, H, W] in processed space."""
         with torch.inference_mode():
-            decoded = self.vae.decode(self.model.get_model_object("latent_format").process_out(latents))
+            decoded = self.vae.decode(self.teacher.model.get_model_object("latent_format").process_out(latents))
         frames = decoded.reshape(-1, *decoded.shape[-3:])                                       # [frames, H, W, 3]
         return frames[len(frames) // 2]

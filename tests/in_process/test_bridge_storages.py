@@ -24,11 +24,6 @@ def models(comfyui):
         path.unlink()
 
 
-@pytest.fixture
-def comfy_teacher(pack):
-    return pack("nodes.comfy_bridge.teacher").ComfyTeacher
-
-
 def in_blocks(name, tensor):
     return is_linear(name, tensor) and name.startswith("blocks.")
 

@@ -259,7 +259,7 @@ def test_where_comfyui_computes_in_fp16_one_real_forward_is_made_in_it(save, com
 def test_widgets_of_older_workflows_keep_their_places(nodes, pack):
     schema, pairs = nodes.WanLiteSaveStudent.GET_SCHEMA(), pack("wanlite_model.formats.pairs")
     assert [widget.id for widget in schema.inputs] == [*OLD_WIDGETS, "base_model", "licence", "picture"]
-    assert (tuple(schema.inputs[2].options), tuple(schema.inputs[3].options)) == (pairs.LAYOUTS, pairs.DTYPES) == (nodes.FORMATS, nodes.DTYPES)
+    assert (tuple(schema.inputs[2].options), tuple(schema.inputs[3].options)) == (pairs.LAYOUTS, pairs.DTYPES)
 
 
 @pytest.mark.parametrize("given, words", [

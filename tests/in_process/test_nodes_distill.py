@@ -123,8 +123,8 @@ def test_latents_are_training_data_in_processed_space(comfyui, distil, teacher, 
     latents = pack("nodes.comfy_bridge.latents")
     clips = {"samples": torch.randn(2, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))}
     expected = teacher.get_model_object("latent_format").process_in(clips["samples"])
-    assert torch.equal(latents.training_latents(clips, teacher, 16), expected) and not torch.equal(expected, clips["samples"])
-    assert latents.training_latents(LATENT, teacher, 16) is None
+    assert torch.equal(latents.training_latents(clips, 16), expected) and not torch.equal(expected, clips["samples"])
+    assert latents.training_latents(LATENT, 16) is None
     assert distil("clips", latent=clips, steps=2)[0].card.recipe["user_latents"] == 1
 
 
@@ -285,7 +285,6 @@ def test_a_preset_that_makes_a_lora_ends_in_a_file_for_the_stock_lora_loader(com
     assert student.card.steps == 2 and student.card.cfg == 1.0 and student.loras and student.same_as
     name, report = call(save, student=student, name="two-steps", format="LoRA", dtype="bf16", overwrite=False)
     assert name == "two-steps.safetensors" and "verified: ComfyUI's LoRA loader opened it" in report
-    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
     (stock,) = comfyui.nodes.LoraLoaderModelOnly().load_lora_model_only(teacher, name, 1.0)
     merged, _ = call(save, student=student, name="two-steps-merged", format="single file", dtype="fp32", overwrite=False)
     (opened,) = comfyui.nodes.UNETLoader().load_unet(merged, "default")

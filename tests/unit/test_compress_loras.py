@@ -156,6 +156,12 @@ def test_what_can_be_narrowed_is_and_the_rest_is_left_out_and_counted(tmp_path, 
     assert survived.narrowed == 2 and not survived.uncut
 
 
+def test_a_note_without_effect_that_is_not_passed_on_is_no_loss(tmp_path):
+    tensors = {**named("diff", "blocks.2.ffn.0"), "diffusion_model.blocks.2.ffn.0.alpha": torch.tensor(4.0)}
+    file, survived = remapped(tmp_path, tensors, student(ffn_dim=40))
+    assert [value.shape[0] for value in load_file(file).values()] == [40] and (survived.narrowed, survived.uncut) == (1, {})
+
+
 @pytest.mark.parametrize("kind", ["LoHa", "LoKr", "whole LoKr", "diff"])
 def test_the_energy_is_that_of_the_matrix_it_stands_for(kind):
     change = {**KINDS[kind](64, 128), "diff_b": rand(64)}

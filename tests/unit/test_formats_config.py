@@ -1,18 +1,12 @@
 """One architecture in three vocabularies: what goes out comes back, and what disagrees is refused in a sentence."""
 import pytest
+from helpers_variants import RELEASED
 
 from wanlite_model.config import NAMES, WANLITE_FIELDS, WanConfig
 from wanlite_model.errors import WanLiteError
 from wanlite_model.formats.keymap import wan_shapes
 
-CONFIGS = {
-    "t2v 1.3B": WanConfig(dim=1536, ffn_dim=8960, num_layers=30),
-    "a student": WanConfig(dim=256, ffn_dim=301, num_layers=1),
-    "i2v 2.1": WanConfig(model_type="i2v", dim=5120, ffn_dim=13824, num_layers=40, in_dim=36, img_emb=True),
-    "i2v 2.2": WanConfig(model_type="i2v", dim=5120, ffn_dim=13824, num_layers=40, in_dim=36),
-    "flf2v": WanConfig(model_type="flf2v", dim=5120, ffn_dim=13824, num_layers=40, in_dim=36, img_emb=True),
-    "ti2v 5B": WanConfig(model_type="ti2v", dim=3072, ffn_dim=14336, num_layers=30, in_dim=48, out_dim=48),
-}
+CONFIGS = {**RELEASED, "a student": WanConfig(dim=256, ffn_dim=301, num_layers=1)}
 # Wan-Video's released config.json of 2.1 T2V-1.3B, and diffusers' of the same model.
 RELEASED_WAN = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "dim": 1536, "eps": 1e-06, "ffn_dim": 8960, "freq_dim": 256,
                 "in_dim": 16, "model_type": "t2v", "num_heads": 12, "num_layers": 30, "out_dim": 16, "text_len": 512}

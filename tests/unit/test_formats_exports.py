@@ -34,12 +34,6 @@ def student():
     return random_wan(depth=3, ffn_dim=64)
 
 
-@pytest.fixture
-def models(tmp_path):
-    (tmp_path / "models" / "diffusion_models").mkdir(parents=True)
-    return tmp_path / "models" / "diffusion_models"
-
-
 def tree(root):
     return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
 

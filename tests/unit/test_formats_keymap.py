@@ -1,6 +1,4 @@
 """The table of tensors against the models themselves, built on the meta device where the real sizes cost nothing."""
-import importlib.util
-
 import pytest
 import torch
 from helpers_wan_video import wan_video

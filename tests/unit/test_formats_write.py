@@ -33,12 +33,6 @@ def student():
     return random_wan(depth=3, ffn_dim=65)
 
 
-@pytest.fixture
-def models(tmp_path):
-    (tmp_path / "models" / "diffusion_models").mkdir(parents=True)
-    return tmp_path / "models" / "diffusion_models"
-
-
 def save(student, destination, **options):
     return write_student(destination, config=student.wan, tensors=student.state_dict().items(), **options)
 

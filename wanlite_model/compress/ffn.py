@@ -35,13 +35,16 @@ class FfnCut:
 
 
 class Cuts(Mapping[int, FfnCut]):
-    """{teacher block: what stays of its FFN}, read from a shelf each time that it is asked for."""
+    """{teacher block: what stays of its FFN}, read from a shelf when it is asked for."""
 
     def __init__(self, shelf: Shelf, blocks: Sequence[int]) -> None:
         self._shelf, self._blocks = shelf, blocks
+        self._last: tuple[int, FfnCut] | None = None            # a block's four tensors are asked for one after the other
 
     def __getitem__(self, block: int) -> FfnCut:
-        return FfnCut(**{leaf: self._shelf[f"blocks.{block}.ffn.2.{leaf}"] for leaf in ("kept", "weight", "bias")})
+        if self._last is None or self._last[0] != block:
+            self._last = block, FfnCut(**{leaf: self._shelf[f"blocks.{block}.ffn.2.{leaf}"] for leaf in ("kept", "weight", "bias")})
+        return self._last[1]
 
     def masks(self, total: int) -> tuple[str, ...]:
         """Of each block, which of its `total` neurons stay (see formats/neurons.py)."""

@@ -6,7 +6,6 @@ neurons' rows and columns are taken. Moving is renaming, exact for every kind of
 """
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from ..errors import WanLiteError
 from ..formats import lora_parts
-from ..formats.card import PREFIX, StudentCard, read_metadata
+from ..formats.card import StudentCard, header, read_metadata
 from ..formats.container import DTYPES, Entry, Writer, read_header, read_tensor
 from ..formats.keymap import wan_shapes
 from ..formats.lora_keys import TEXT_ENCODERS, layers_named, spellings, split, stock_key
@@ -190,7 +189,7 @@ def write_remapped(file: Path, lora: TeacherLora, student: StudentHandle) -> Sur
             gone.add(int(layer.split(".")[1]))
             continue
         taken = moved(change, layer, plan)
-        if taken.keys() < change.keys():
+        if change.keys() - taken.keys() - lora_parts.BESIDE:
             uncut[str(lora_parts.kind(change))] += 1
         if taken:
             after.append(lora_parts.energy(taken))
@@ -202,7 +201,7 @@ def write_remapped(file: Path, lora: TeacherLora, student: StudentHandle) -> Sur
                            "which the student does not have." if gone else "None of its changes can be narrowed to the kept FFN neurons.", CHOOSE)
     note = {"student": student.fingerprint, "keep": list(plan.keep), "teacher_layers": plan.teacher_layers, "ffn_dim": plan.ffn_dim,
             "teacher_ffn_dim": plan.teacher_ffn_dim}
-    with Writer(file, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, {"format": "pt", PREFIX + REMAPPED: json.dumps(note)}) as writer:
+    with Writer(file, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, {"format": "pt", **header({REMAPPED: note})}) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
         writer.finish()

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import WanLiteError
 from ..kinds import LARGEST
+from ..roles import SIDES
 from .neurons import from_mask
 
 PREFIX = "wanlite."                     # of our keys in a file's header; a key `config` would break newer ComfyUIs
@@ -47,7 +48,7 @@ class StudentCard:
                  **{f"keep[{i}]": n for i, n in enumerate(self.keep)}}
         wrong = [name for name, value in whole.items() if type(value) is not int or not 0 <= value < 2**31]
         wrong += [name for name in ("sampler", "scheduler") if not re.fullmatch(r"\w+", getattr(self, name))]
-        wrong += ["expert"] * (self.expert not in ("", "high", "low")) + ["boundary"] * ((0 < self.boundary < 1) != bool(self.expert))
+        wrong += ["expert"] * (self.expert not in ("", *SIDES)) + ["boundary"] * ((0 < self.boundary < 1) != bool(self.expert))
         wrong += ["teacher"] * bool(re.search(r"[/\\\n]", self.teacher))
         wrong += ["teacher_fingerprint"] * (not re.fullmatch(r"[0-9a-f]*", self.teacher_fingerprint))
         wrong += ["ffn_kept"] * (not _are_masks(self.ffn_kept, len(self.keep), self.ffn_dim))
@@ -61,8 +62,7 @@ class StudentCard:
         return {**asdict(self), "recipe": dict(self.recipe), "measured": dict(self.measured)}
 
     def to_metadata(self) -> dict[str, str]:
-        """The header's form: {"wanlite.steps": "4", ...}."""
-        return {PREFIX + key: json.dumps(value) for key, value in self.to_json().items()}
+        return header(self.to_json())
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> StudentCard | None:
@@ -74,10 +74,6 @@ class StudentCard:
         except (TypeError, AttributeError) as error:
             raise WanLiteError(f"The student's card cannot be read ({error}).") from error
 
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str]) -> StudentCard | None:
-        return cls.from_json(read_metadata(metadata))
-
 
 def _are_masks(ffn_kept: tuple[Any, ...], blocks: int, ffn_dim: int) -> bool:
     """Whether it is nothing, or as many neurons of each block as it has."""
@@ -85,6 +81,11 @@ def _are_masks(ffn_kept: tuple[Any, ...], blocks: int, ffn_dim: int) -> bool:
         return not ffn_kept or [len(from_mask(mask)) for mask in ffn_kept] == [ffn_dim] * blocks
     except WanLiteError:
         return False
+
+
+def header(said: Mapping[str, Any]) -> dict[str, str]:
+    """What is said as a file's header holds it, text under keys of ours: {"wanlite.steps": "4", ...}."""
+    return {PREFIX + key: json.dumps(value) for key, value in said.items()}
 
 
 def read_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -5,14 +5,13 @@ and diffusers do not know the scales.
 """
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from .quantised import HEADER, NEW
+from .quantised import NEW, header_of
 
 NAME, DTYPE = "fp8", torch.float8_e4m3fn
 LARGEST = 448.0                         # of float8_e4m3fn
@@ -32,8 +31,7 @@ def shapes(plain: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
 
 
 def metadata(plain: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    layers = {layer: {"format": "float8_e4m3fn"} for layer in _layers(plain)}
-    return {HEADER: json.dumps({"format_version": "1.0", "layers": layers})}
+    return header_of(dict.fromkeys(_layers(plain), "float8_e4m3fn"))
 
 
 def encoded(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -19,13 +19,13 @@ from torch import Tensor
 from ..config import WanConfig
 from ..errors import WanLiteError
 from ..files import patiently
-from .card import StudentCard
+from .card import StudentCard, header
 from .container import checked
 from .fp8 import is_matrix
 from .gguf_file import GGUF, read_gguf, unpacked
 from .keymap import wan_shapes
 from .place import check_name
-from .saving import WORKFLOW_END, SaveReport, Verified, check_free, header, provenance, put, stem, verdict, write_text_json
+from .saving import WORKFLOW_END, SaveReport, Verified, check_free, provenance, put, saved, stem, write_text_json
 from .workflow import stock_workflow
 
 KINDS = ("Q8_0", "Q5_0", "Q4_0")
@@ -58,11 +58,10 @@ def write_gguf(destination: Path, *, config: WanConfig, read: Callable[[Iterable
         return size
 
     size, verified = put(destination, write, verify, {workflow: lambda path: write_text_json(path, graph)} if workflow else {})
-    told = f"Saved {destination.name}: {config.num_layers} blocks of {config.dim}, {size / 2**20:,.1f} MiB of weights"
     plain = sum(is_matrix(layer, shape) and stored_as(kind, layer, shape) != kind for layer, shape in shapes.items())
     notes = (f"{plain} of its matrices are in fp16: {kind} takes rows of a multiple of {ROW}, and FFN {config.ffn_dim} is none.",) if plain else ()
-    return SaveReport(path=destination, file=destination, bytes=size, verified=verified, sentence=verdict(told, verified), workflow=workflow,
-                      notes=notes)
+    return SaveReport(path=destination, file=destination, bytes=size, verified=verified,
+                      sentence=saved(destination.name, config, size, verified), workflow=workflow, notes=notes)
 
 
 def read_back(file: Path, expected: Iterable[tuple[str, Tensor]]) -> None:

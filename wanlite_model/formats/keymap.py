@@ -77,7 +77,7 @@ ALL_ROWS = (*ROWS, *IMAGE_ROWS, *TWO_IMAGES_ROWS)
 def key_map(source: Vocabulary, target: Vocabulary, num_layers: int, rows: Iterable[Row] = ROWS) -> dict[str, str]:
     """Every tensor name of `source` -> its name in `target`. The map is one to one, so swapping the two undoes it."""
     return {getattr(row, source).format(i=i) + leaf: getattr(row, target).format(i=i) + leaf
-            for row in rows for i in _indices(row, num_layers) for leaf in row.leaves}
+            for row in rows for i in indices(row, num_layers) for leaf in row.leaves}
 
 
 def wan_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
@@ -85,7 +85,7 @@ def wan_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
     numbers = {"dim": config.dim, "6 dim": 6 * config.dim, "ffn_dim": config.ffn_dim, "in_dim": config.in_dim,
                "patch": PATCH[0] * PATCH[1] * PATCH[2] * config.out_dim}
     return {row.wan.format(i=i) + leaf: tuple(numbers.get(size, size) for size in shape)
-            for row in rows_of(config) for i in _indices(row, config.num_layers) for leaf, shape in row.leaves.items()}
+            for row in rows_of(config) for i in indices(row, config.num_layers) for leaf, shape in row.leaves.items()}
 
 
 def wan_size(config: WanConfig) -> int:
@@ -113,5 +113,5 @@ def to_wan_names(names: Iterable[str]) -> dict[str, str]:
     return {name: known.get(name, name) for name in names}
 
 
-def _indices(row: Row, num_layers: int) -> range:
+def indices(row: Row, num_layers: int) -> range:
     return range(num_layers if "{i}" in row.wan else 1)

@@ -1,7 +1,6 @@
 """LoRA files for WAN: read in the spellings that circulate, written in the one that ComfyUI's stock loader takes."""
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor
 from ..config import WanConfig
 from ..errors import WanLiteError
 from ..files import regular, replace_file
-from .card import PREFIX, StudentCard
+from .card import StudentCard, header
 from .container import NAMES, Writer
 from .keymap import wan_shapes
 from .lora_keys import spellings, split, stock_key
@@ -135,7 +134,7 @@ def write_lora(path: Path, lora: Lora, *, dtype: torch.dtype = torch.bfloat16, c
     for name, diff in lora.diffs.items():
         layer, _, leaf = name.rpartition(".")
         tensors[stock_key(layer, "diff_b" if leaf == "bias" else "diff")] = diff
-    metadata = {"format": "pt", **(card.to_metadata() if card else {PREFIX + "lora": json.dumps(True)})}
+    metadata = {"format": "pt", **(card.to_metadata() if card else header({"lora": True}))}
 
     def write(temporary: Path) -> None:
         with Writer(temporary, {name: tuple(value.shape) for name, value in tensors.items()}, metadata) as writer:

@@ -4,12 +4,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from .keymap import ALL_ROWS
+from ..config import MOST
+from .keymap import ALL_ROWS, indices
 
 STOCK = "diffusion_model."              # the one that ComfyUI's stock loader takes for all kinds of changes
 PREFIXES = (STOCK, "base_model.model.", "transformer.", "model.", "unet.", "lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
 TEXT_ENCODERS = ("lora_te", "text_encoder")
-MOST_BLOCKS = 1000
 LONGEST = 500                           # characters of a key that anyone wrote
 
 # {a key's end: the part of the change it is}. Parts keep the names that ComfyUI knows (comfy/weight_adapter), but for a LoRA's two.
@@ -31,14 +31,14 @@ def stock_key(layer: str, part: str) -> str:
 def layers_named(keys: Iterable[str]) -> int:
     """As many blocks as a WAN must have to have all that are named here."""
     numbers = (int(match[1]) for match in (re.search(r"blocks[._](\d{1,6})[._]", key) for key in keys) if match)
-    return 1 + max((number for number in numbers if number < MOST_BLOCKS), default=-1)
+    return 1 + max((number for number in numbers if number < MOST["num_layers"]), default=-1)
 
 
 def spellings(num_layers: int) -> dict[str, str]:
     """{a layer's path, or a bare tensor's, as some tool spells it: WAN's}, of any kind of WAN with so many blocks."""
     paths: dict[str, str] = {}
     for row in ALL_ROWS:
-        for i in range(num_layers if "{i}" in row.wan else 1):
+        for i in indices(row, num_layers):
             for theirs in (row.wan.format(i=i), row.diffusers.format(i=i)):
                 paths[theirs] = paths[theirs.replace(".", "_")] = row.wan.format(i=i)
     return paths

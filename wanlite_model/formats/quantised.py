@@ -65,6 +65,11 @@ class Place(NamedTuple):
         return stored.float().mul_(self.scale.read(files).float()).to(self.dtype)
 
 
+def header_of(formats: Mapping[str, str]) -> dict[str, str]:
+    """The header's entry that formats_told reads. formats: {layer: ComfyUI's name}."""
+    return {HEADER: json.dumps({"format_version": "1.0", "layers": {layer: {"format": name} for layer, name in formats.items()}})}
+
+
 def formats_told(headers: Iterable[Header], prefix: str) -> dict[str, Any]:
     """{layer without the prefix: its fields}, as the headers of the files name them. Raises WanLiteError when that cannot be read."""
     told: dict[str, Any] = {}

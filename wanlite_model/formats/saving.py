@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import WanConfig
 from ..errors import WanLiteError
 from ..files import read_json
 from .card import PREFIX, StudentCard
@@ -80,11 +81,6 @@ def provenance(card: StudentCard | None, **more: Any) -> dict[str, Any]:
     return {"format": FORMAT, **(card.to_json() if card else {}), **{key: value for key, value in more.items() if value is not None}}
 
 
-def header(said: Mapping[str, Any]) -> dict[str, str]:
-    """The same as a file's header holds it: text under keys of ours."""
-    return {PREFIX + key: json.dumps(value) for key, value in said.items()}
-
-
 def write_text_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -124,6 +120,11 @@ def _ours(path: Path) -> bool:
         return not any(path.iterdir()) or "_wanlite" in read_json(path / "config.json")
     except (OSError, ValueError, TypeError, WanLiteError):
         return False
+
+
+def saved(name: str, config: WanConfig, size: int, verified: Verified | None) -> str:
+    """The sentence on a WAN of `size` bytes, and whether it was verified."""
+    return verdict(f"Saved {name}: {config.num_layers} blocks of {config.dim}, {size / 2**20:,.1f} MiB of weights", verified)
 
 
 def verdict(saved: str, verified: Verified | None) -> str:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from .. import flow
 from ..config import WanConfig
-from ..roles import Role
+from ..roles import SIDES, Role
 from .card import StudentCard
 
 # ComfyUI's own names for what a WAN needs beside it, as its WAN templates ask for them.
@@ -91,7 +91,7 @@ def _models(graph: _Graph, unet_name: str, card: StudentCard, config: WanConfig)
     files = {"student": unet_name}
     if card.expert:
         task = "i2v" if config.in_dim == 36 else "t2v"
-        files = {side: unet_name if side == card.expert else EXPERT.format(task=task, side=side) for side in ("high", "low")}
+        files = {side: unet_name if side == card.expert else EXPERT.format(task=task, side=side) for side in SIDES}
     for name, file in files.items():
         kind, widgets = ("UnetLoaderGGUF", [file]) if file.endswith(".gguf") else ("UNETLoader", [file, "default"])
         graph.add(f"unet {name}", kind, LOADERS, {}, widgets, title=f"WAN for {name} noise" if card.expert else None)
@@ -134,9 +134,9 @@ def _sampled(graph: _Graph, models: list[Source], asked: Inputs, card: StudentCa
         graph.add("sampler", "KSampler", SAMPLING, {"model": models[0], **asked},
                   [0, "randomize", card.steps, card.cfg, card.sampler, card.scheduler, 1.0])
         return ("sampler", 0)
-    above = int(Role(side="high", boundary=card.boundary).owns(flow.schedule(card.steps, card.shift)[:-1]).sum())
+    above = len(Role(side="high", boundary=card.boundary).turns(flow.schedule(card.steps, card.shift)))
     handed_over = max(1, min(card.steps - 1, above))
-    for side, model in zip(("high", "low"), models):
+    for side, model in zip(SIDES, models):
         ours, high = side == card.expert, side == "high"
         times = 1 if ours else math.ceil(EXPERT_STEPS / card.steps)
         cfg = EXPERT_CFG if card.cfg == 1 and not ours else card.cfg

@@ -14,15 +14,15 @@ from ..config import WanConfig
 from ..errors import WanLiteError
 from ..files import patiently
 from . import fp8
-from .card import StudentCard
+from .card import StudentCard, header
 from .container import Writer
 from .keymap import key_map, rows_of, wan_shapes
 from .lora import Lora, write_lora
 from .model_card import Stated, write_card
 from .pairs import check_pair
 from .place import check_name
-from .saving import (DIFFUSERS_FILE, INDEX_FILE, MODEL_FILE, WORKFLOW_END, SaveReport, Verified, check_free, header, provenance, put, stem,
-                     verdict, write_text_json)
+from .saving import (DIFFUSERS_FILE, INDEX_FILE, MODEL_FILE, WORKFLOW_END, SaveReport, Verified, check_free, provenance, put, saved, stem, verdict,
+                     write_text_json)
 from .workflow import stock_workflow
 
 __all__ = ["MODEL_FILE", "SaveReport", "Verified", "save_lora", "write_diffusers", "write_student"]
@@ -65,7 +65,7 @@ def write_student(destination: Path, *, config: WanConfig, tensors: Iterable[tup
     size, verified = put(destination, write, verify and (lambda new: verify(new if single else new / MODEL_FILE)),
                          {workflow: lambda path: write_text_json(path, graph)} if single and graph and workflow else {})
     return SaveReport(path=destination, file=destination if single else destination / MODEL_FILE, bytes=size, verified=verified,
-                      sentence=_sentence(destination.name, config, size, verified), workflow=workflow if graph else None)
+                      sentence=saved(destination.name, config, size, verified), workflow=workflow if graph else None)
 
 
 def write_diffusers(destination: Path, *, config: WanConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None,
@@ -91,7 +91,7 @@ def write_diffusers(destination: Path, *, config: WanConfig, tensors: Iterable[t
 
     size, verified = put(destination, write, verify)
     return SaveReport(path=destination, file=destination / DIFFUSERS_FILE, bytes=size, verified=verified,
-                      sentence=_sentence(destination.name, config, size, verified))
+                      sentence=saved(destination.name, config, size, verified))
 
 
 def save_lora(destination: Path, lora: Lora, *, dtype: torch.dtype = torch.bfloat16, card: StudentCard | None = None,
@@ -125,7 +125,3 @@ def write_model(file: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iter
     if found != shapes:
         raise WanLiteError(f"{file.name} reads back differently from what was written.", "", "Check the disk, then save again.")
     return size
-
-
-def _sentence(name: str, config: WanConfig, size: int, verified: Verified | None) -> str:
-    return verdict(f"Saved {name}: {config.num_layers} blocks of {config.dim}, {size / 2**20:,.1f} MiB of weights", verified)
