@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from .awake import awake
 from .distill import inputs
 from .distill.asking import fill
 from .distill.checkpoint import RunFolder
@@ -83,7 +84,7 @@ def _command(given: argparse.Namespace, received: list[int]) -> int:
         work = fill(job, cache, teacher, parts, given.shard, other)
     else:
         work = run(job, files.path, cache, teacher, parts.student, parts.prompts, parts.latents, start_from=parts.start_from, other=other)
-    with closing(work), _Shown() as shown:
+    with awake(f"Run {files.path.name}"), closing(work), _Shown() as shown:
         for event in work:
             shown(event)
             if received:

@@ -125,13 +125,18 @@ def create_student(teacher: Teacher, prompts: PromptBank | None, shape: tuple[in
     if (found := _read(folder / fingerprint)) is not None:
         return found
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))       # beside: in the folder there is nothing but starts
+    lock = starts_lock(folder)
     yield from _taken(lock)
     try:
         return _read(folder / fingerprint) or (yield from _make(teacher, prompts, shape, request, measures, fingerprint, seed=seed, cfg=cfg, other=other,
                                                                 folder=folder))
     finally:
         lock.release()
+
+
+def starts_lock(folder: Path) -> FileLock:
+    """What whoever makes a start there holds meanwhile. It lies beside: in the folder there is nothing but starts."""
+    return FileLock(folder.with_name(f".{folder.name}.lock"))
 
 
 def _taken(lock: FileLock) -> Generator[Progress, None, None]:

@@ -69,9 +69,17 @@ class StudentHandle:
         place = Path(self.folder)
         return place if place.suffix.lower() in (*ENDINGS, GGUF) else place / MODEL_FILE
 
+    def check_present(self) -> None:
+        """Raises WanLiteError when its files are gone."""
+        gone = next((path for path in map(Path, (self.folder, *self.loras)) if not os.path.exists(path)), None)
+        if gone is not None:
+            raise WanLiteError(f"The student is not on disk any more: {gone.name} is gone.",
+                               "Its start or its run was cleared, or removed by hand.", "Queue its graph again: the node that made it then runs again.")
+
     @contextmanager
     def open(self) -> Iterator[Opened]:
         """The weights, for as long as the `with` lasts. Raises WanLiteError when they are gone or not whole."""
+        self.check_present()
         with open_wan(Path(self.folder)) as source:
             yield Opened(source=source, loras=tuple(read_lora(Path(path), self.config) for path in self.loras))
 

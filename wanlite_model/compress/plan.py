@@ -96,20 +96,26 @@ def interleaved(num_layers: int, depth: int) -> tuple[int, ...]:
     return (*range(ends), *middle, *range(num_layers - ends, num_layers))
 
 
-def parse_keep_map(text: str, num_layers: int) -> tuple[int, ...]:
-    """"0-3,5,7-9" -> (0, 1, 2, 3, 5, 7, 8, 9). Raises WanLiteError on anything that does not name existing blocks, rising."""
+def parse_keep_map(text: str, num_layers: int | None = None) -> tuple[int, ...]:
+    """"0-3,5,7-9" -> (0, 1, 2, 3, 5, 7, 8, 9). Raises WanLiteError on anything that does not name existing blocks, rising.
+
+    num_layers: None where the teacher is not there yet; then what is wrong for every teacher is refused.
+    """
     keep: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,6})\s*(?:-\s*([0-9]{1,6})\s*)?", part)
         if match is None:
             raise WanLiteError(f"The keep-map has {part.strip()!r} in it.", "It is a list of block numbers and ranges, like 0-3,5,7-9.",
-                               f"The teacher's blocks are 0-{num_layers - 1}.")
+                               f"The teacher's blocks are 0-{num_layers - 1}." if num_layers else "")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise WanLiteError(f"The keep-map has the range {first}-{last}.", "A range runs upwards.", f"Write {last}-{first}.")
-        check_keep((first, last) if last > first else (first,), num_layers)       # before a range of a million is written out
+        if num_layers is None and last >= MOST["num_layers"]:
+            raise WanLiteError(f"The keep-map names block {last}.", f"No WAN has more than {MOST['num_layers']} blocks.")
+        blocks = num_layers or MOST["num_layers"]
+        check_keep((first, last) if last > first else (first,), blocks)       # before a range of a million is written out
         keep.extend(range(first, last + 1))
-    check_keep(tuple(keep), num_layers)
+    check_keep(tuple(keep), blocks)
     return tuple(keep)
 
 

@@ -110,10 +110,11 @@ def this_machine(device: torch.device, run: Path, cache: Path, settings: LeverSe
     if device.type == "cuda":
         on_device = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return Machine(device=int(settings.gpu_gib * GIB) or on_device, ram=int(settings.ram_gib * GIB) or free,
-                   run_disk=int(settings.disk_gib * GIB) or _free_disk(run), cache_disk=int(settings.disk_gib * GIB) or _free_disk(cache))
+                   run_disk=int(settings.disk_gib * GIB) or free_disk(run), cache_disk=int(settings.disk_gib * GIB) or free_disk(cache))
 
 
-def _free_disk(place: Path) -> int:
+def free_disk(place: Path) -> int:
+    """Bytes that are free on the drive of a folder that may not be there yet."""
     place = Path(place).absolute()
     return shutil.disk_usage(next(parent for parent in (place, *place.parents) if parent.exists())).free
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import stat
 import uuid
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..files import sweep
+from ..files import TEMPORARY, patiently, sweep
 
 log = logging.getLogger(__name__)
 
 JOBS = ".jobs"                  # of a cache: a lock for each job that uses it now
-LOCK = ".lock"                  # of a run's folder
+LOCK, JOB = ".lock", "job.json"        # of a run's folder
 
 
 @contextmanager
@@ -27,7 +29,7 @@ def in_use(cache: Path) -> Iterator[None]:
     lock = FileLock(mine)
     lock.acquire()
     try:
-        if not _others_work(cache):
+        if not others_work(cache):
             sweep(cache)            # what a killed process left half-written
         yield
     finally:
@@ -52,7 +54,7 @@ def clear_cache(cache: Path, limit: int, keep: Collection[Path], to_come: int) -
     others = sorted((path for path in found if path not in keep), key=lambda path: found[path].st_mtime_ns)
     if excess <= 0 or not others:
         return 0
-    if _others_work(cache):
+    if others_work(cache):
         log.warning("WanLite: the teacher's answers take more than their limit, and none are removed while another job uses them.")
         return 0
     freed = 0
@@ -71,23 +73,91 @@ def clear_runs(runs: Path, limit: int, keep: Collection[Path], to_come: int) -> 
     first.
     """
     kept = {Path(path).absolute() for path in keep}
-    sizes = {path: _size(path) for path in runs.iterdir() if (path / "job.json").is_file()}
+    sizes = {path: size_of(path) for path in found_runs(runs)}
     excess, freed = sum(sizes.values()) + to_come - limit, 0
-    for path in sorted(sizes, key=lambda path: (path / "job.json").stat().st_mtime_ns):
-        if freed >= excess or any(one.is_relative_to(path.absolute()) for one in kept):
+    for path in sorted(sizes, key=lambda path: (path / JOB).stat().st_mtime_ns):
+        if freed >= excess or any(one.is_relative_to(path.absolute()) for one in kept) or not remove_run(path):
             continue
-        try:
-            with FileLock(path / LOCK, timeout=0):
-                shutil.rmtree(path, ignore_errors=True)
-        except (Timeout, OSError):
-            continue
-        shutil.rmtree(path, ignore_errors=True)         # the lock too, which Windows keeps until it is released
         freed += sizes[path]
         log.warning("WanLite: run %s was removed (%.1f GiB): runs take more than their limit of %.1f GiB.", path.name, sizes[path] / 2**30, limit / 2**30)
     return freed
 
 
-def _others_work(cache: Path) -> int:
+def found_runs(runs: Path) -> list[Path]:
+    """The folders of runs, by their names; what is hidden is on its way out."""
+    return [path for path in entries(runs) if not path.name.startswith(".") and not is_link(path) and (path / JOB).is_file()]
+
+
+def is_used(run: Path) -> bool:
+    """Whether a job works in it now, in this process or in another one."""
+    try:
+        with FileLock(run / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False
+
+
+def remove_run(run: Path) -> bool:
+    """Removes a run; False when a job works in it, or the system does not let it go, and then it is whole."""
+    try:
+        with FileLock(run / LOCK, timeout=0):
+            if os.name != "nt":
+                remove_folder(run)
+        if os.name == "nt":         # which moves no folder in which a file is open: its lock is one, and so would a job's be
+            remove_folder(run)
+        return True
+    except (Timeout, OSError):
+        return False
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder so that it is whole under its name, or not there, whenever the process ends. Raises OSError when it cannot be moved."""
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
+    patiently(os.rename, folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder, by its name; nothing where there is none."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def is_link(path: Path) -> bool:
+    """Whether it stands for something elsewhere: a symbolic link, or a junction of Windows."""
+    try:
+        told = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISLNK(told.st_mode) or getattr(told, "st_reparse_tag", 0) == getattr(stat, "IO_REPARSE_TAG_MOUNT_POINT", -1)
+
+
+def files_in(place: Path) -> Iterator[Path]:
+    """The file that it is, or all in it; links are among them, and what they stand for is not."""
+    if is_link(place) or not place.is_dir():
+        yield place
+        return
+    for path in entries(place):
+        yield from files_in(path)
+
+
+def size_of(place: Path, links: Counter[tuple[int, int]] | None = None) -> int:
+    """Bytes that its removal frees. A file under several names frees them with the last of these. links: names that were met elsewhere before."""
+    links, size = Counter() if links is None else links, 0
+    for path in files_in(place):
+        with suppress(OSError):             # it was removed just now
+            told = path.lstat()
+            links[told.st_dev, told.st_ino] += 1
+            if links[told.st_dev, told.st_ino] == max(1, told.st_nlink):
+                size += told.st_size
+    return size
+
+
+def others_work(cache: Path) -> int:
     """How many jobs beside this one hold a lock; what killed ones left is removed."""
     busy = 0
     for path in (cache / JOBS).glob("*.lock"):
@@ -100,6 +170,3 @@ def _others_work(cache: Path) -> int:
             busy += 1
     return max(0, busy - 1)
 
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

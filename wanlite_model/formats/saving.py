@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import WanConfig
 from ..errors import WanLiteError
-from ..files import read_json
+from ..files import read_json, regular
 from .card import PREFIX, StudentCard
 from .container import read_header
 from .place import put_in_place, sentence_for, temporary_place
@@ -22,7 +22,7 @@ INDEX_FILE = DIFFUSERS_FILE + ".index.json"                         # and Wan-Vi
 CARD_FILE, PICTURE_FILE = "README.md", "picture.png"
 WORKFLOW_END = ".workflow.json"
 OURS = ("config.json", MODEL_FILE, DIFFUSERS_FILE, INDEX_FILE)      # the last two names are in a folder that WanLite wrote
-GGUF_HEAD = 2**20                       # bytes from the start of a GGUF in which what WanLite wrote about it would stand
+HEAD = 2**20                            # bytes from the start of a file in which what WanLite wrote about it stands
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,12 +114,29 @@ def _ours(path: Path) -> bool:
     try:
         if path.suffix == ".gguf" and path.is_file():
             with path.open("rb") as file:
-                return (PREFIX + "format").encode() in file.read(GGUF_HEAD)
+                return (PREFIX + "format").encode() in file.read(HEAD)
         if not path.is_dir():
             return any(key.startswith(PREFIX) for key in read_header(path).metadata)
         return not any(path.iterdir()) or "_wanlite" in read_json(path / "config.json")
     except (OSError, ValueError, TypeError, WanLiteError):
         return False
+
+
+def head_of(file: Path) -> bytes:
+    """The start of a file of weights that WanLite wrote, in any format; of any other file nothing."""
+    try:
+        with regular(file).open("rb") as opened:
+            head = opened.read(HEAD)
+    except OSError:
+        return b""
+    return head if PREFIX.encode() in head else b""
+
+
+def carries(head: bytes, card: StudentCard) -> bool:
+    """Whether the file that begins so holds the student with this card: its measured errors have all their digits there, as GGUF and as
+    safetensors write text.
+    """
+    return bool(card.measured) and all(value.encode() in head or json.dumps(value)[1:-1].encode() in head for value in card.to_metadata().values())
 
 
 def saved(name: str, config: WanConfig, size: int, verified: Verified | None) -> str:
