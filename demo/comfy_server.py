@@ -3,15 +3,16 @@ import contextlib
 import json
 import os
 import socket
-import subprocess
+import subprocess  # nosec B404  # starts ComfyUI, without a shell
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import websocket
 
@@ -29,7 +30,15 @@ class ServerError(RuntimeError):
 
 
 class ComfyServer:
-    """One running server.
+    """One running server. The defaults make it the ComfyUI of a folder, with this pack in a base folder of its own.
+
+    Args:
+        comfyui: the folder of its main.py.
+        base: its private base folder; when it is `comfyui` itself, ComfyUI starts as its own users start it.
+        arguments: go to main.py.
+        python: the interpreter and its options.
+        environment: of the process; what this process has when left out.
+        pack: puts the pack into a custom_nodes folder.
 
     Attributes:
         url: its address, without a slash at the end.
@@ -37,7 +46,8 @@ class ComfyServer:
         log_path: what the process writes.
     """
 
-    def __init__(self, comfyui: Path, base: Path, arguments: tuple[str, ...] = ()):
+    def __init__(self, comfyui: Path, base: Path, arguments: tuple[str, ...] = (), *, python: tuple[str, ...] = (sys.executable,),
+                 environment: dict[str, str] | None = None, pack: Callable[[Path], Any] = install_pack):
         self.base = base.resolve()
         self.log_path = self.base / "server.log"
         self._client_id = uuid.uuid4().hex
@@ -45,24 +55,25 @@ class ComfyServer:
         self._events: list[dict] = []
         self._first_event: dict[str, int] = {}      # prompt id -> how many events there were when it was queued
         self._listener_ended: str | None = None
-        self._process = self._start(comfyui.resolve(), arguments)
+        pack(self.base / "custom_nodes")
+        self._process = self._start(comfyui.resolve(), arguments, python, environment)
 
-    def _start(self, comfyui: Path, arguments: tuple[str, ...]) -> subprocess.Popen:
+    def _start(self, comfyui: Path, arguments: tuple[str, ...], python: tuple[str, ...], environment: dict[str, str] | None) -> subprocess.Popen:
         for name in ("models/diffusion_models", "models/vae", "models/text_encoders", "input", "output", "user"):
             (self.base / name).mkdir(parents=True, exist_ok=True)
-        install_pack(self.base / "custom_nodes")
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        # Whatever would put a folder before ComfyUI's own on its sys.path stays behind.
-        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+        folders = () if self.base == comfyui else (
+            "--base-directory", str(self.base), "--database-url", f"sqlite:///{(self.base / 'user' / 'comfyui.db').as_posix()}")
+        if environment is None:     # whatever would put a folder before ComfyUI's own on its sys.path stays behind
+            environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+            environment |= {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **PATIENT}
+        command = [*python, str(comfyui / "main.py"), "--listen", "127.0.0.1", "--port", str(port), *folders, "--disable-auto-launch",
+                   "--disable-api-nodes", *arguments]
         with open(self.log_path, "wb") as log:
-            return subprocess.Popen(
-                [sys.executable, str(comfyui / "main.py"), "--listen", "127.0.0.1", "--port", str(port),
-                 "--base-directory", str(self.base), "--database-url", f"sqlite:///{(self.base / 'user' / 'comfyui.db').as_posix()}",
-                 "--disable-auto-launch", "--disable-api-nodes", *arguments],
-                cwd=self.base, env={**environment, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **PATIENT},
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+            return subprocess.Popen(command, cwd=self.base, env=environment, stdin=subprocess.DEVNULL,  # nosec B603  # no shell
+                                    stdout=log, stderr=subprocess.STDOUT)
 
     def wait_until_up(self, timeout: float = 300) -> None:
         """Returns when the server answers and its events arrive here.
@@ -94,7 +105,7 @@ class ComfyServer:
                 # Frames of bytes are preview pictures; their JSON neighbours tell everything else.
                 event = {"type": "preview", "data": {"bytes": len(message)}} if isinstance(message, bytes) else json.loads(message)
                 with self._changed:
-                    self._events.append(event)
+                    self._events.append({**event, "arrived": time.monotonic()})
                     self._changed.notify_all()
         except (OSError, websocket.WebSocketException) as error:
             ended = str(error)
@@ -105,6 +116,10 @@ class ComfyServer:
     def object_info(self) -> dict:
         """Every node the server knows: {class name: {"input": ..., "output": ..., ...}}."""
         return self._get("/object_info")
+
+    def translations(self) -> dict:
+        """What the packs' locales add to the browser's texts: {language: {"nodeDefs": {class name: ...}, ...}}."""
+        return self._get("/i18n")
 
     def queue(self, prompt: dict) -> str:
         """Queues a graph in API format and returns its prompt id.
@@ -123,7 +138,7 @@ class ComfyServer:
         return answer["prompt_id"]
 
     def events(self, prompt_id: str, timeout: float = 300) -> Iterator[dict]:
-        """The events since this prompt was queued, {"type", "data"}, as they come; ends with the one that ends the prompt.
+        """The events since this prompt was queued, {"type", "data", "arrived": seconds}, as they come; ends with the one that ends the prompt.
 
         Events that name no prompt (an extension's own, say) are among them.
 
@@ -183,6 +198,10 @@ class ComfyServer:
         """What the Cancel button does: asks the running prompt to stop."""
         self._post("/interrupt", {})
 
+    def clear_queue(self) -> None:
+        """Drops the prompts that wait; the running one goes on."""
+        self._post("/queue", {"clear": True})
+
     def log(self, lines: int = 60) -> str:
         """The last lines that the server wrote."""
         return "\n".join(self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
@@ -202,9 +221,13 @@ class ComfyServer:
         if code is not None:
             raise ServerError(f"ComfyUI ended with exit code {code}. The end of {self.log_path}:\n{self.log()}")
 
-    def _get(self, path: str) -> dict:
+    def fetch(self, path: str) -> bytes:
+        """What a browser gets from that path. Raises urllib.error.HTTPError where there is nothing."""
         with _OPENER.open(self.url + path, timeout=60) as answer:
-            return json.load(answer)
+            return answer.read()
+
+    def _get(self, path: str) -> Any:
+        return json.loads(self.fetch(path))
 
     def _post(self, path: str, value: dict) -> dict:
         request = urllib.request.Request(self.url + path, json.dumps(value).encode("utf-8"), {"Content-Type": "application/json"})
@@ -240,9 +263,9 @@ def _reasons(node_errors: dict) -> list[str]:
 
 
 @contextlib.contextmanager
-def running_comfyui(comfyui: Path, base: Path, arguments: tuple[str, ...] = ()) -> Iterator[ComfyServer]:
-    """A server with the pack installed, up, for the length of a with block. `arguments` go to ComfyUI's main.py."""
-    server = ComfyServer(comfyui, base, arguments)
+def running_comfyui(comfyui: Path, base: Path, arguments: tuple[str, ...] = (), **started: Any) -> Iterator[ComfyServer]:
+    """A ComfyServer with these arguments, up, for the length of a with block."""
+    server = ComfyServer(comfyui, base, arguments, **started)
     try:
         server.wait_until_up()
         yield server

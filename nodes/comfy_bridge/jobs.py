@@ -4,6 +4,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:               # ComfyUI imports this when it starts
+    from .live import Live
 
 
 @dataclass(eq=False)
@@ -12,27 +16,39 @@ class Job:
 
     trains: it has trained at least a step; before that there is nothing to finish. finish: it was asked to end with its best.
     """
+    live: Live
     trains: bool = False
     finish: bool = False
 
 
-_running: dict[str | None, Job] = {}
+_running: dict[str, Job] = {}           # by the name of the run
 
 
 @contextmanager
-def running(node_id: str | None) -> Iterator[Job]:
-    """The job that runs at this node, for as long as it does."""
-    job = _running[node_id] = Job()
+def running(run: str, live: Live) -> Iterator[Job]:
+    """The job that works on this run, for as long as it does."""
+    job = _running[run] = Job(live)
     try:
         yield job
     finally:
-        del _running[node_id]
+        del _running[run]
 
 
-def finish(node_id: str) -> bool:
-    """Asks the job that trains at this node now to end with its best student so far; False when none does."""
-    job = _running.get(node_id)
+def finish(run: str) -> bool:
+    """Asks the job that trains this run now to end with its best student so far; False when none does."""
+    job = _running.get(run)
     if job is None or not job.trains:
         return False
     job.finish = True
     return True
+
+
+def live(run: str) -> Live | None:
+    """What is known of this run, where a job works on it now."""
+    job = _running.get(run)
+    return None if job is None else job.live
+
+
+def run_at(nodes: list[str]) -> str | None:
+    """The name of the run that works at one of these nodes now."""
+    return next((run for run, job in list(_running.items()) if job.live.node in nodes), None)

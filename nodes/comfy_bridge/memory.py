@@ -1,6 +1,8 @@
 """Room on the device for what ComfyUI's memory manager does not see: the student and its training state."""
 from __future__ import annotations
 
+from typing import Any
+
 import comfy.model_management
 import torch
 
@@ -27,3 +29,18 @@ def make_room(needed: int) -> None:
 def release() -> None:
     """Hands memory that torch holds back to the device."""
     comfy.model_management.soft_empty_cache()
+
+
+def unload(patcher: Any) -> None:
+    """Has ComfyUI move this model off the device, and no other one."""
+    loaded = comfy.model_management.current_loaded_models
+    comfy.model_management.free_memory(EVERYTHING, device(), keep_loaded=[other for other in loaded if other.model is not patcher])
+
+
+def usage() -> dict[str, int]:
+    """Bytes: of the device that are used, whoever uses them, and that it has; and that this process takes of the computer's memory."""
+    import psutil
+    total, free = int(comfy.model_management.get_total_memory(device())), int(comfy.model_management.get_free_memory(device()))
+    if device().type == "cuda":         # what torch holds for its next tensors counts as used: nobody else can have it
+        free, total = torch.cuda.mem_get_info(device())
+    return {"used": total - free, "total": total, "process": psutil.Process().memory_info().rss}

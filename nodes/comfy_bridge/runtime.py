@@ -4,10 +4,11 @@ from __future__ import annotations
 import atexit
 import io
 import logging
+import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from types import FrameType
@@ -19,15 +20,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .routes import running_server
+from ...wanlite_model.awake import awake
+from ...wanlite_model.errors import WanLiteError
+from ...wanlite_model.files import replace_file
+from . import memory
+from .here import running_server
+from .live import Live
 
 log = logging.getLogger(__name__)
 Event = TypeVar("Event")
 Result = TypeVar("Result")
 
-PREVIEW_PIXELS = 512
-TOLD = "wanlite.told"       # the message with a sentence for a node
-UPDATES = 10        # a second at most: each one is a message to every browser
+LIVE = "wanlite.live"       # the message that shows a run on its node
+BAR_EVERY, LIVE_EVERY = 1.0, 0.5        # seconds at least: a bar's update is two messages to the browser, so that these are no more than four a second
+CLIP_PIXELS, CLIP_FPS, GAP = 320, 16, 4         # a clip's longer side at most, its frames a second, and pixels between teacher and student
 DEADLY = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))     # end a process at once
 
 
@@ -36,9 +42,9 @@ def drive(work: Generator[Event, None, Result], show: Callable[[Event], None], l
 
     Cancel, and the end of the process, are looked for between events. Both close the generator, which saves what can be gone on with, and
     then raise ComfyUI's own exception, so that the node counts as cancelled and not as failed. Nodes run in inference mode, which the
-    engine must not.
+    engine must not. The computer stays awake meanwhile.
     """
-    with torch.inference_mode(False), EndHeldBack() as held, closing(work):
+    with torch.inference_mode(False), EndHeldBack() as held, awake("A job runs in ComfyUI"), closing(work):
         while True:
             if held.wanted or comfy.model_management.processing_interrupted():
                 leaving()
@@ -112,46 +118,87 @@ def _in_servers_thread(function: Callable[[], None]) -> None:
         server.loop.call_soon_threadsafe(function)
 
 
+class Pace:
+    """Whether it is time again."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._last = seconds, -math.inf
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now - self._last < self._seconds:
+            return False
+        self._last = now
+        return True
+
+
 class Bar:
     """The progress bar of one node; each stage fills it once, and its name goes to the log."""
 
     def __init__(self, node_id: str | None) -> None:
-        self._node_id, self._stage, self._shown = node_id, "", 0.0
-        self._done, self._total = 0, 1
+        self._node_id, self._stage, self._due = node_id, "", Pace(BAR_EVERY)
 
     def show(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage:
-            log.info("WanLite: %s", stage)
-        if stage != self._stage or done >= total or time.monotonic() - self._shown > 1 / UPDATES:
-            self._done, self._total = done, max(1, total)
-            self._update()
-            self._stage, self._shown = stage, time.monotonic()
-
-    def tell(self, told: str) -> None:
-        """Shows a sentence on the node."""
-        log.info("WanLite: %s", told)
-        server = running_server()
-        if server is not None:
-            server.send_sync(TOLD, {"node": self._node_id, "text": told}, server.client_id)
-
-    def preview(self, frame: Tensor) -> None:
-        """Shows a picture [H, W, 3] in 0..1 on the node."""
-        self._update(("JPEG", _picture(frame), PREVIEW_PIXELS))
-
-    def _update(self, picture: tuple[str, Image.Image, int] | None = None) -> None:
         """With a ProgressBar of its own each time: newer ComfyUIs hold the second update of one back until its count has grown by half a percent,
         which can be minutes of training, and much longer where the stage before had more steps.
         """
-        comfy.utils.ProgressBar(self._total, node_id=self._node_id).update_absolute(self._done, self._total, picture)
+        if stage != self._stage:
+            log.info("WanLite: %s", stage)
+            self._stage = stage
+        if self._due():
+            comfy.utils.ProgressBar(max(1, total), node_id=self._node_id).update_absolute(done, max(1, total))
 
 
-def keep_picture(frame: Tensor, path: Path) -> None:
-    """Writes a picture [H, W, 3] in 0..1; a disk that refuses it does not end the job."""
+class Board:
+    """Tells every page what a run is at: one that was opened since the job was queued too."""
+
+    def __init__(self, live: Live) -> None:
+        self._live, self._due = live, Pace(LIVE_EVERY)
+
+    def show(self, event: Event) -> None:
+        self._live.take(event)
+        if self._due():
+            self.send()
+
+    def tell(self, told: str) -> None:
+        log.info("WanLite: %s", told)
+        self._live.tell(told)
+        self.send()
+
+    def send(self) -> None:
+        """A job does not end because a page cannot be told of it: on a device that has failed, asking for its memory fails too."""
+        server = running_server()
+        try:
+            if server is not None:
+                server.send_sync(LIVE, self._live.shown(memory.usage()))
+        except Exception as error:
+            log.debug("WanLite: the page was not told (%s: %s).", type(error).__name__, error)
+
+
+def small(clip: Tensor) -> list[Image.Image]:
+    """The frames of a clip [T, H, W, 3] in 0..1, as small as they are shown."""
+    pictures = [_picture(frame) for frame in clip]
+    for picture in pictures:
+        picture.thumbnail((CLIP_PIXELS, CLIP_PIXELS))
+    return pictures
+
+
+def keep_clip(clips: Sequence[Sequence[Image.Image]], path: Path) -> None:
+    """Writes clips of one size and length side by side, as one that moves; a disk that refuses it does not end the job."""
+    frames = [_beside(pictures) for pictures in zip(*clips)]
     try:
         path.parent.mkdir(exist_ok=True)
-        _picture(frame).save(path)
-    except OSError as error:
+        replace_file(path, lambda file: frames[0].save(file, format="WEBP", save_all=True, append_images=frames[1:], duration=1000 // CLIP_FPS, loop=0))
+    except (OSError, WanLiteError) as error:
         log.warning("WanLite: %s could not be written (%s).", path.name, error)
+
+
+def _beside(pictures: Sequence[Image.Image]) -> Image.Image:
+    width, height = pictures[0].size
+    whole = Image.new("RGB", (len(pictures) * (width + GAP) - GAP, height), "white")
+    for place, picture in enumerate(pictures):
+        whole.paste(picture, (place * (width + GAP), 0))
+    return whole
 
 
 def png(frame: Tensor) -> bytes:

@@ -1,12 +1,13 @@
 """A distillation job from what a node was given, and its run with progress, samples and Cancel."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ...wanlite_model.compress.handle import StudentHandle
@@ -28,10 +29,12 @@ from ...wanlite_model.formats.place import check_name
 from ...wanlite_model.prompts import PromptBank
 from . import folders, jobs, memory
 from .conditions import given_frames
+from .disk import check_present
 from .experts import expert_note, other_of
-from .latents import shape_of, training_latents
+from .latents import check_vae, shape_of, training_latents
 from .load import file_of
-from .runtime import Bar, drive, keep_picture, log
+from .live import Live, clip_path
+from .runtime import Bar, Board, drive, keep_clip, log, small
 from .teacher import ComfyTeacher
 
 
@@ -54,6 +57,7 @@ class Training:
         """changes: to the preset's recipe, levers among them, a LoRA's name to start from, and the boundary between two experts. settings: of
         DistillJob. Raises WanLiteError when the parts do not belong together.
         """
+        check_present(student)
         teacher = ComfyTeacher(model)
         its = teacher.config
         chosen, changes = PRESETS[preset], dict(changes)
@@ -66,6 +70,7 @@ class Training:
         levers = LeverSettings(**{field.name: changes.pop(field.name) for field in fields(LeverSettings) if field.name in changes})
         start_from = None if lora is None else read_lora(folders.lora_path(lora), student.config)
         shape, latents = shape_of(latent, its.out_dim), training_latents(latent, its.out_dim)
+        check_vae(vae, its.out_dim)
         prompts = prompts.fitted(its, shape)
         if given_frames(latent) and not (prompts.shown and prompts.shown[0].given is not None):
             raise WanLiteError("The LATENT keeps its first frames, and the prompts were encoded without them.", "They are part of what this WAN is told.",
@@ -102,14 +107,16 @@ class Training:
         Raises WanLiteError, or ComfyUI's own exception on Cancel.
         """
         check_name(folder.name, "a run")
-        bar, ended, peaks = Bar(node_id), [], []
+        files, ended, peaks = RunFolder(folder), [], []
+        live = Live(files, node_id or "", self.job)
+        bar, board, clips = Bar(node_id), Board(live), Clips(self.vae, self.teacher.model.get_model_object("latent_format"), folder)
 
         def show(event: Event) -> None:
             if isinstance(event, Stage):
                 bar.show(event.name, event.done, event.total)
             elif isinstance(event, Planned):
                 peaks.extend([event.budget.peaks] if event.budget.peaks else [])
-                bar.tell(event.told)
+                log.info("WanLite: %s", event.told)
             elif isinstance(event, Step):
                 job.trains = True
                 bar.show("training", event.step, event.total)
@@ -117,38 +124,60 @@ class Training:
                 log.info("WanLite: step %d, held-out error %.4f (to compare: %.4f)%s", event.step, event.held.error, event.plain_cut.error,
                          ", the best so far" if event.best else "")
             elif isinstance(event, Sample):
-                bar.preview(frame := self._frame(event.latents))
-                keep_picture(frame, folder / "samples" / f"step-{event.step}.png")
+                clips.keep(event)
             elif isinstance(event, Finished):
                 ended.append(event)
+            board.show(event)
 
         def leaving() -> None:
             if job.trains:
-                bar.tell(f"Saving {amount(peaks[-1].saved)} to {folder.name}. Queue the same graph again to go on." if peaks else f"Saving to {folder.name}.")
+                board.tell(f"Saving {amount(peaks[-1].saved)} to {folder.name}. Queue the same graph again to go on." if peaks else f"Saving to {folder.name}.")
 
         try:
-            with jobs.running(node_id) as job:
-                if self.job.minutes == 0:
-                    return self._prepare(RunFolder(folder), cache, bar)
-                drive(run(self.job, folder, cache, self.teacher, self.student, self.prompts, self.latents, should_finish=lambda: job.finish,
-                          samples=self.vae is not None, start_from=self.start_from, other=self._other), show, leaving)
+            with jobs.running(folder.name, live) as job:
+                work = self._preparing(files, cache) if self.job.minutes == 0 else run(
+                    self.job, folder, cache, self.teacher, self.student, self.prompts, self.latents, should_finish=lambda: job.finish,
+                    samples=self.vae is not None, start_from=self.start_from, other=self._other)
+                drive(work, show, leaving)
         finally:
+            live.leave()
+            board.send()
             memory.release()
-        return ended[0]
+        return finished_from_disk(files) if self.job.minutes == 0 else ended[0]
 
-    def _prepare(self, files: RunFolder, cache: Path, bar: Bar) -> Finished | None:
+    def _preparing(self, files: RunFolder, cache: Path) -> Iterator[Stage]:
         parts = Inputs(student=self.student, prompts=self.prompts, latents=self.latents, start_from=self.start_from)
-        work = prepare(files, self.job, parts, self.teacher, cache, file_of, self._other)
-        drive(work, lambda stage: bar.show(stage, 0, 1))
-        return finished_from_disk(files)
+        for stage in prepare(files, self.job, parts, self.teacher, cache, file_of, self._other):
+            yield Stage(name=stage, done=0, total=1)
 
     @property
     def _other(self) -> ComfyTeacher | None:
         return None if self.other is None else self.other.teacher
 
-    def _frame(self, latents: Tensor) -> Tensor:
-        """The middle frame [H, W, 3] of a sample [1, C, T, H, W] in processed space."""
+
+class Clips:
+    """What is drawn at evaluations, decoded by the user's VAE; the teacher's, which stays the same, once."""
+
+    def __init__(self, vae: Any, latent_format: Any, folder: Path) -> None:
+        self._vae, self._format, self._folder = vae, latent_format, folder
+        self._teacher: list[Image.Image] = []
+
+    def keep(self, sample: Sample) -> None:
+        """As one clip in the run's folder. A VAE that fails, or does not fit beside the job, costs the clip and not the job."""
+        try:
+            student = self._decoded(sample.latents)
+            if sample.teacher is not None and not self._teacher:
+                self._teacher = self._decoded(sample.teacher)
+        except (RuntimeError, ValueError) as error:             # torch's for a lack of memory among them
+            log.warning("WanLite: there is no clip of step %d (%s: %s).", sample.step, type(error).__name__, error)
+        else:
+            keep_clip([self._teacher, student] if self._teacher else [student], clip_path(self._folder, sample.step))
+        finally:
+            memory.unload(self._vae.patcher)                    # its room was not planned for
+            memory.release()
+
+    def _decoded(self, latents: Tensor) -> list[Image.Image]:
+        """The frames of a sample [1, C, T, H, W] in processed space."""
         with torch.inference_mode():
-            decoded = self.vae.decode(self.teacher.model.get_model_object("latent_format").process_out(latents))
-        frames = decoded.reshape(-1, *decoded.shape[-3:])                                       # [frames, H, W, 3]
-        return frames[len(frames) // 2]
+            decoded = self._vae.decode(self._format.process_out(latents))
+        return small(decoded.reshape(-1, *decoded.shape[-3:]))

@@ -128,16 +128,16 @@ def test_latents_are_training_data_in_processed_space(comfyui, distil, teacher, 
     assert distil("clips", latent=clips, steps=2)[0].card.recipe["user_latents"] == 1
 
 
-def test_a_vae_shows_a_sample_at_every_evaluation(distil, vae):
-    import comfy.utils
-    shown, before = [], comfy.utils.PROGRESS_BAR_HOOK
-    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, node_id: shown.append(preview))
-    try:
-        distil("samples", steps=2, vae=vae)
-    finally:
-        comfy.utils.set_progress_bar_global_hook(before)
-    pictures = [preview[1] for preview in shown if preview]
-    assert len(pictures) == 2 and pictures[0].size == (32, 32) and len(pictures[0].getcolors(1024)) > 10
+def test_a_vae_makes_a_clip_at_every_evaluation_and_leaves_the_device_afterwards(comfyui, distil, vae):
+    import comfy.model_management
+    from PIL import Image
+    distil("samples", steps=2, vae=vae)
+    clips = sorted((comfyui.base / "output/wanlite/runs/samples/samples").glob("*"))
+    assert [clip.name for clip in clips] == ["step-1.webp", "step-2.webp"]
+    for path in clips:
+        with Image.open(path) as clip:
+            assert clip.size == (2 * 32 + 4, 32) and clip.n_frames == 5 and len(clip.convert("RGB").getcolors(4096)) > 10
+    assert all(loaded.model is not vae.patcher for loaded in comfy.model_management.current_loaded_models)
 
 
 def test_sigmas_set_the_teachers_path_and_the_students_steps(distil):
@@ -208,12 +208,6 @@ def test_wrong_links_get_a_sentence_and_leave_no_run_behind(what, comfyui, disti
         distil("wrong", **given)
     left = comfyui.base / "output/wanlite/runs/wrong"
     assert not left.exists() or not any(left.iterdir())
-
-
-def test_hostile_run_names_are_refused_before_the_queue(pack):
-    check = pack("nodes.distill").WanLiteDistill.validate_inputs
-    assert check(run_name="cats 4") is True
-    assert all("cannot be a run's name" in check(run_name=name) for name in ("..", "a/b", "a\\b", "", "aux"))
 
 
 def test_the_recipe_node_changes_what_was_set_and_leaves_the_preset_the_rest(pack):
@@ -293,8 +287,9 @@ def test_a_preset_that_makes_a_lora_ends_in_a_file_for_the_stock_lora_loader(com
     assert relative(wrap(stock).velocity(x, sigma, cond), expected) < 1e-4
     assert relative(wrap(opened).velocity(x, sigma, cond), expected) < 1e-3
     assert relative(wrap(teacher).velocity(x, sigma, cond), expected) > 2e-3
+    assert "was there already: this very student as a LoRA in bf16" in call(save, student=student, name="two-steps", format="LoRA", dtype="bf16")[1]
     with refused("is already there"):
-        call(save, student=student, name="two-steps", format="LoRA", dtype="bf16", overwrite=False)
+        call(save, student=student, name="two-steps", format="LoRA", dtype="fp16", overwrite=False)
     with refused("not a LoRA over its teacher"):
         call(save, student=distil("whole")[0], name="other", format="LoRA", dtype="bf16", overwrite=False)
 

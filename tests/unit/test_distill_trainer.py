@@ -16,8 +16,10 @@ from wanlite_model.compress.build import create_student
 from wanlite_model.compress.handle import StudentHandle
 from wanlite_model.distill.checkpoint import RunFolder
 from wanlite_model.distill.checks import lora_fingerprint
+from wanlite_model.distill.data import latents_fingerprint
 from wanlite_model.distill.events import Eval, Finished, Planned, Sample, Saved, Stage, Step
 from wanlite_model.distill.optim import Muon
+from wanlite_model.distill.paths import seeded
 from wanlite_model.distill.trainer import TIMED_STEPS, Run
 from wanlite_model.errors import WanLiteError
 from wanlite_model.formats.lora import Factors, Lora
@@ -318,6 +320,33 @@ def test_samples_are_drawn_at_evaluations_when_asked_for(setting):
     assert [sample.step for sample in drawn] == [3, 6] and drawn[0].latents.shape == (1, *SHAPE)
     assert not torch.equal(drawn[0].latents, drawn[1].latents)
     assert same(setting.state("drawn"), setting.state("straight"))
+
+
+@pytest.mark.parametrize("recipe, steps", [({}, 3), ({"objective": "trajectory", "student_steps": 2, "teacher_steps": 4}, 4)], ids=["velocity", "trajectory"])
+def test_a_sample_comes_with_what_the_teacher_made_of_the_same_noise(recipe, steps, setting):
+    """By hand: the teacher's guided Euler steps from the noise of the held-out rollout, for its prompt."""
+    name = f"beside {steps}"
+    sample = until(setting.events(setting.job(recipe=recipe), name, samples=True), lambda event: isinstance(event, Sample))
+    live = Run(setting.job(recipe=recipe), RunFolder(setting.folder / name), setting.folder / "cache", setting.teacher, setting.student, setting.bank, None,
+               lambda: False, True)
+    live.course = live.length.course()
+    unit = live._planned_cache().held[0]
+    x = torch.randn(1, *SHAPE, generator=seeded(0, "rollout", unit.index))
+    start, _ = live._planned_cache().sample(unit, None)
+    torch.testing.assert_close(start, x, atol=2e-3, rtol=2e-3)                  # kept in fp16
+    sigmas = flow.schedule(steps, setting.teacher.shift)
+    for sigma, following in zip(sigmas[:-1], sigmas[1:]):
+        v = guided_velocity(setting.teacher, x, sigma.expand(1), setting.bank.cond([unit.prompt]), setting.bank.negative_cond([unit.prompt]), 3.0)
+        x = flow.euler_step(x, v, sigma, following)
+    torch.testing.assert_close(sample.teacher, x, atol=1e-2, rtol=1e-2)
+    assert (sample.latents - x).abs().max() > 0.1
+
+
+def test_beside_a_sample_of_the_users_clips_there_is_none_of_the_teachers(setting):
+    latents = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(1))
+    job = setting.job(latents=latents_fingerprint(latents))
+    sample = until(setting.events(job, "clips", latents=latents, samples=True), lambda event: isinstance(event, Sample))
+    assert sample.teacher is None and sample.latents.shape == (1, *SHAPE)
 
 
 @pytest.mark.parametrize("recipe", [{}, {"own_states": 1.0}, {"objective": "trajectory", "student_steps": 2, "own_states": 1.0}, {"rank": 4}], ids=str)

@@ -16,7 +16,7 @@ from wanlite_model.distill.data import REUSE, TeacherCache, plan_units
 from wanlite_model.distill.events import Eval, Finished, Sample, Step
 from wanlite_model.distill.inputs import Inputs
 from wanlite_model.distill.job import DistillJob
-from wanlite_model.distill.paths import asked_of, own_sigmas, own_turns, rollout_sigmas, student_sigmas, taught_states
+from wanlite_model.distill.paths import asked_of, own_sigmas, own_turns, rollout_sigmas, seeded, student_sigmas, taught_states
 from wanlite_model.distill.trainer import run
 from wanlite_model.errors import WanLiteError
 from wanlite_model.experts import ExpertPair, Other
@@ -155,8 +155,15 @@ def test_an_expert_learns_and_says_what_it_is(pair, side, recipe):
     assert (card.expert, card.boundary, card.steps) == (side, BOUNDARY, STEPS)
     turns = own_turns(job)
     assert f"expert of {side} noise: of the {STEPS} steps it makes {turns.start} to {turns.stop} " in finished.report
-    sample = next(event.latents for event in events if isinstance(event, Sample))
-    assert sample.shape == (1, *SHAPE) and torch.isfinite(sample).all()
+    sample, unit = next(event for event in events if isinstance(event, Sample)), pair.cache(job).held[0]
+    sigmas = rollout_sigmas(job)
+    points = pair.path(torch.randn(1, *SHAPE, generator=seeded(0, "rollout", unit.index)), unit.prompt, sigmas)
+    at = turns.stop * job.substeps
+    expected = points[-1]
+    if side == "high":                  # the clip that is seen where the other one takes over
+        expected = flow.denoised(points[at], (points[at + 1] - points[at]) / (sigmas[at + 1] - sigmas[at]), sigmas[at:at + 1])
+    torch.testing.assert_close(sample.teacher, expected, atol=2e-2, rtol=2e-2)
+    assert sample.latents.shape == (1, *SHAPE) and torch.isfinite(sample.latents).all()
 
 
 @pytest.mark.parametrize("side", ["high", "low"])

@@ -12,7 +12,7 @@ from ..prompts import PromptBank
 from ..teacher import Teacher
 from .budget import GIB, check_disk
 from .data import TeacherCache, plan_units
-from .events import Stage
+from .events import ASKING, Stage
 from .inputs import Inputs
 from .job import DistillJob
 from .paths import asked_of
@@ -50,7 +50,7 @@ class Asking:
     def fill(self, cache: TeacherCache, shard: tuple[int, int] = (0, 1)) -> Iterator[Stage]:
         """Asks for what is missing, or for one part of n of it."""
         for done, total in cache.needed.fill(self.teacher, self.prompts, self.latents, shard):
-            yield Stage(name="asking the teacher", done=done, total=total)
+            yield Stage(name=ASKING, done=done, total=total)
 
     def affordable(self, elapsed: Callable[[], float]) -> Generator[Stage, None, int]:
         """How many units the job's minutes allow, from the time that the first group of those that are missing takes. elapsed: seconds of them so far."""

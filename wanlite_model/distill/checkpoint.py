@@ -91,13 +91,14 @@ class RunFolder:
 
     def note(self, name: str, value: Any, **others: Any) -> None:
         """Remembers facts of the run in job.json, in place of what was noted under these names before."""
-        write_json(self.job, {**self._notes(), name: value, **others})
+        write_json(self.job, {**self.notes(), name: value, **others})
 
     def noted(self, name: str) -> Any:
         """What was noted, or None. Raises WanLiteError when job.json cannot be read."""
-        return self._notes().get(name)
+        return self.notes().get(name)
 
-    def _notes(self) -> dict[str, Any]:
+    def notes(self) -> dict[str, Any]:
+        """All that was noted, by name. Raises WanLiteError when job.json cannot be read."""
         try:
             notes = read_json(self.job) if self.job.exists() else {}
         except (OSError, ValueError) as error:
@@ -114,8 +115,8 @@ class RunFolder:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def rows(self, kind: str) -> list[dict[str, Any]]:
-        """The logged lines of one kind, in order; a line torn by a power cut is passed over."""
+    def rows(self, *kinds: str) -> list[dict[str, Any]]:
+        """The logged lines of these kinds, in order; a line torn by a power cut is passed over."""
         if not self.metrics.is_file():
             return []
         found = []
@@ -124,7 +125,7 @@ class RunFolder:
                 found.append(json.loads(line))
             except (ValueError, RecursionError):
                 continue
-        return [row for row in found if isinstance(row, dict) and row.get("kind") == kind]
+        return [row for row in found if isinstance(row, dict) and row.get("kind") in kinds]
 
     def forget_after(self, step: int) -> None:
         """Drops what was logged after the step that training goes on from."""

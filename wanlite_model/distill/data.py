@@ -314,14 +314,28 @@ class TeacherCache:
                            "rolled": torch.tensor([0])})
         return _collate(states, self.held)
 
-    def sample_start(self, unit: Unit, latents: Tensor | None) -> Tensor:
-        """Where the student's own steps begin in a sample of the unit's prompt: noise, or for an expert of low noise where the other one came to."""
-        noise = torch.randn(1, *self.job.shape, generator=seeded(self.job.train_seed, "sample"))
-        if self._turns.start == 0:
-            return noise
+    def sample(self, unit: Unit, latents: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Where the student's own steps begin in a sample of the unit's prompt, and what the teacher made from there: [1, C, T, H, W] each.
+
+        Of what one of two experts leaves to the other, the clip that it then sees. None where the data are the user's clips: the teacher has made none.
+        """
+        turns, each = self._turns, self.job.substeps
         if latents is None:
-            return self._read(unit, self._turns.start * self.job.substeps)[0]["x"]
-        return flow.add_noise(latents[unit.item:unit.item + 1].float(), noise, own_sigmas(self.job)[:1])
+            return self._read(unit, turns.start * each)[0]["x"], self._arrived(unit, turns.stop * each)
+        noise = torch.randn(1, *self.job.shape, generator=seeded(self.job.train_seed, "sample"))
+        item = latents[unit.item:unit.item + 1].float()
+        return (noise if turns.start == 0 else flow.add_noise(item, noise, own_sigmas(self.job)[:1])), None
+
+    def _arrived(self, unit: Unit, k: int) -> Tensor:
+        """The clip that the teacher's path comes to, as seen from its point k."""
+        if not self.job.trajectory:
+            row = self._read(unit, min(k, self.job.path_steps - 1))[0]
+            guided = flow.guided(row["v_neg"], row["v_pos"], self.job.cfg) if "v_neg" in row else row["v_pos"]
+            return flow.denoised(row["x"], guided, row["sigma"])
+        here, *beyond = self._read(unit, *range(k, min(k + 1, self.job.path_steps) + 1))
+        if not beyond:
+            return here["x"]
+        return flow.denoised(here["x"], (beyond[0]["x"] - here["x"]) / (beyond[0]["sigma"] - here["sigma"]), here["sigma"])
 
     def _sigmas(self, unit: Unit) -> list[float]:
         return [float(row["sigma"]) for row in self._read(unit, *range(sum(state_counts(self.job))), names=["sigma"])]

@@ -9,6 +9,8 @@ from ..compress.handle import StudentHandle
 from .budget import Budget
 from .evaluate import Held
 
+ASKING, EVALUATING, DRAWING = "asking the teacher", "evaluating", "drawing a sample"        # the stages that a clock counts
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
@@ -20,9 +22,14 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Planned:
-    """What the job will take and what is done so that it fits; once before its first step, and again when that turned out not to fit."""
+    """What the job will take and what is done so that it fits; once before its first step, and again when that turned out not to fit.
+
+    steps: still to come; 0 where the minutes decide and are yet to be turned into steps. evaluations: the same of these.
+    """
     budget: Budget
     told: str
+    steps: int
+    evaluations: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,9 +54,13 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """What the student draws for a held-out prompt after `step`: latents [1, C, T, H, W] in processed space."""
+    """What the student draws for a held-out prompt after `step`, and what the teacher made of the same noise: [1, C, T, H, W] in processed space.
+
+    teacher: None where the data are the user's clips.
+    """
     step: int
     latents: Tensor
+    teacher: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

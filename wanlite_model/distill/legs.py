@@ -140,6 +140,10 @@ class Length:
         """Steps that the log tells of."""
         return max((row["step"] for row in self.files.rows("step")[-1:]), default=0)
 
+    def evaluations_to_come(self, course: Course | None) -> int:
+        """Evaluations, by the course; as many as the job asks for before there is one."""
+        return self.job.recipe.evaluations if course is None else sum(map(course.due, range(self.done() + 1, course.total + 1)))
+
     def to_come(self, course: Course | None) -> int:
         """Steps, by what was asked for; 0 where minutes are still to be turned into steps."""
         return max(0, (course.total if course else self.job.steps) - self.done())

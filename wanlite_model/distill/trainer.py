@@ -34,7 +34,7 @@ from .checks import check, untouched
 from .checkpoint import RunFolder, TrainState, size_of
 from .data import Ahead, Damaged, TeacherCache
 from .evaluate import Held, draw, evaluate
-from .events import Eval, Event, Planned, Sample, Saved, Stage, Step
+from .events import DRAWING, EVALUATING, Eval, Event, Planned, Sample, Saved, Stage, Step
 from .finish import PLAIN_CUT, UNGUIDED, Measured, finished_from_disk, unasked, write_finished, yardstick_of
 from .frozen import places
 from .inputs import Inputs
@@ -109,7 +109,7 @@ class Run:
     def _work(self) -> Iterator[Event]:
         self.course = self.length.course()
         self.budget = self._budget()
-        yield Planned(budget=self.budget, told=self.budget.told(self.length.to_come(self.course)) + self._not_counted())
+        yield self._planned(self.budget.told(self.length.to_come(self.course)) + self._not_counted())
         self.cache = yield from self._fill_cache()
         self.held, self.paths = yield from self._read(lambda: (self.cache.held_out(), self.cache.held_out_paths() if self.job.trajectory else None))
         while not (yield from self._fits()):
@@ -118,7 +118,7 @@ class Run:
                                   step_seconds=step_seconds(self.job, self.handle.config, levers, matrix_rate(device), device))
             told = f"The job did not fit into memory. It goes on from its last saved step, with: {self.budget.rungs[0].told()}."
             log.warning("WanLite: %s", told)
-            yield Planned(budget=self.budget, told=told)
+            yield self._planned(told)
 
     def _budget(self) -> Budget:
         """What is done to save memory, and what the run takes. Raises WanLiteError when it cannot fit."""
@@ -136,6 +136,10 @@ class Run:
             return budget
         missing = self._planned_cache().needed
         return replace(budget, cache=missing.missing_bytes, asking_seconds=asking_flops(missing, self.teacher.config) / (USED * matrix_rate(device.type)))
+
+    def _planned(self, told: str) -> Planned:
+        length, course = self.length, self.course
+        return Planned(budget=self.budget, told=told, steps=length.to_come(course), evaluations=length.evaluations_to_come(course))
 
     def _not_counted(self) -> str:
         """A sentence where the time leaves something out, else nothing."""
@@ -414,14 +418,14 @@ class Run:
         """Evaluates the averaged weights, keeps them when they are the best so far, and draws a sample when asked to."""
         state = self.state
         with state.average.in_place():
-            held = yield from self._evaluate("evaluating")
+            held = yield from self._evaluate(EVALUATING)
         best = self._keep_if_best(held.error)
         self.files.log(kind="eval", step=state.step, best=best, **asdict(held))
         yield Eval(step=state.step, held=held, plain_cut=self.plain, best=best)
         if self.samples:
             with state.average.in_place():
-                latents = yield from self._draw()
-            yield Sample(step=state.step, latents=latents)
+                latents, teacher = yield from self._draw()
+            yield Sample(step=state.step, latents=latents, teacher=teacher)
 
     def _keep_if_best(self, error: float) -> bool:
         state = self.state
@@ -431,11 +435,11 @@ class Run:
         self.files.save_best(state)
         return True
 
-    def _draw(self) -> Generator[Event, None, Tensor]:
-        """A sample of the first held-out prompt as the student will be used: latents [1, C, T, H, W]."""
+    def _draw(self) -> Generator[Event, None, tuple[Tensor, Tensor | None]]:
+        """A sample of the first held-out prompt as the student will be used, and the teacher's from the same noise: [1, C, T, H, W] each."""
         unit = self.cache.held[0]
-        x = yield from self._read(lambda: self.cache.sample_start(unit, self.latents))
-        return (yield from _staged("drawing a sample", draw(self.state.student, x, self.prompts, unit.prompt, self.job)))
+        x, teacher = yield from self._read(lambda: self.cache.sample(unit, self.latents))
+        return (yield from _staged(DRAWING, draw(self.state.student, x, self.prompts, unit.prompt, self.job))), teacher
 
 
 def _staged(name: str, work: Generator[tuple[int, int], None, Result]) -> Generator[Stage, None, Result]:
