@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What makes up the pack for a ComfyUI; the rest of the repository is for those who work on it.
 PACK_FILES = ("__init__.py", "pyproject.toml", "LICENSE", "README.md")
-PACK_FOLDERS = ("nodes", "wanlite_model", "web", "example_workflows")
+PACK_FOLDERS = ("nodes", "wanlite_model", "web", "locales", "example_workflows")
 
 
 def put_comfyui_first(comfyui: Path) -> None:

@@ -7,15 +7,16 @@ from .comfy_bridge import sampling
 from .comfy_bridge.choices import EVERY_LEVEL, HIGH, LOW, WHOLE
 from .report import told
 from .sockets import Prompts
+from .widgets import check_expert, check_widgets
 
 
 class WanLiteCompare(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         def settings(who: str, steps: int, cfg: float, extra: str = "") -> list[io.Input]:
-            return [io.Int.Input(f"{who}_steps", default=steps, min=1, max=1000, tooltip=f"Sampling steps of the {who}{extra}."),
-                    io.Float.Input(f"{who}_cfg", default=cfg, min=1.0, max=100.0, step=0.1,
-                                   tooltip=f"Guidance scale of the {who}{extra}. At 1 ComfyUI asks once a step instead of twice.")]
+            return [io.Int.Input(f"{who}_steps", default=steps, min=1, max=200, tooltip=f"Sampling steps of the {who}{extra}: 4 to 50."),
+                    io.Float.Input(f"{who}_cfg", default=cfg, min=1.0, max=30.0, step=0.1,
+                                   tooltip=f"Guidance scale (cfg) of the {who}{extra}: 1 to 7. At 1 ComfyUI asks once a step instead of twice.")]
         return io.Schema(
             node_id="WanLiteCompare", display_name="WanLite Compare", category="WanLite", is_output_node=True,
             description="Samples the same prompts from the same noise with each MODEL, and measures: parameters, bytes, seconds a clip once "
@@ -29,21 +30,22 @@ class WanLiteCompare(io.ComfyNode):
                 Prompts.Input("prompts", tooltip="The first of these prompts are sampled."),
                 io.Vae.Input("vae", tooltip="WAN's VAE, which turns latents into pictures."),
                 io.Latent.Input("latent", tooltip="Tells the size and the number of frames; its content is not used."),
-                *settings("teacher", 30, 5.0), *settings("student", 20, 1.0), *settings("third", 20, 1.0, " MODEL, when there is one"),
+                io.Int.Input("clips", default=2, min=1, max=64, tooltip="Number of prompts, from the first on, that are sampled and measured: 1 to 8."),
+                *settings("student", 20, 1.0), *settings("teacher", 30, 5.0), *settings("third", 20, 1.0, " MODEL, when there is one"),
                 io.Combo.Input("sampler", options=sampling.samplers(), default="euler",
                                tooltip="ComfyUI's sampler, for all of them. Students are made for euler."),
                 io.Combo.Input("scheduler", options=sampling.schedulers(), default="simple",
                                tooltip="ComfyUI's scheduler, for all of them. Students are made for simple."),
-                io.Int.Input("clips", default=2, min=1, max=64, tooltip="How many prompts, from the first on, are sampled and measured."),
                 io.Int.Input("noise_number", default=0, min=0, max=2**31 - 1,
-                             tooltip="Another number, other noise; the same for every MODEL."),
+                             tooltip="Seed of the noise, a whole number: the same for every MODEL. Another number, other clips."),
                 io.Combo.Input("expert", options=[WHOLE, HIGH, LOW, EVERY_LEVEL], default=WHOLE,
                                tooltip="For 2.2 A14B: which of its two experts these MODELs are."),
-                io.Model.Input("other_expert", optional=True,
-                               tooltip="The other file of 2.2 A14B. It makes the steps on its side of every clip, as many as the teacher's steps have there, at the "
-                                       "teacher's cfg."),
                 io.Float.Input("boundary", default=0.0, min=0.0, max=0.999, step=0.001,
-                               tooltip="Of two experts: the sigma at which the one of low noise takes over. 0: WAN's own (0.875 for text, 0.9 for pictures)."),
+                               tooltip="Of two experts: the sigma (0 to 1) at which the one of low noise takes over. 0: WAN's own (0.875 for text, 0.9 for "
+                                       "pictures)."),
+                io.Model.Input("other_expert", optional=True,
+                               tooltip="The other file of 2.2 A14B. It makes the steps on its side of every clip, as many as the teacher's steps have there, "
+                                       "at the teacher's cfg."),
             ],
             outputs=[io.Image.Output(display_name="images", tooltip="Frames of all clips, one MODEL beside the other."),
                      io.String.Output(display_name="metrics", tooltip="Size, speed and closeness of each MODEL, in words."),
@@ -51,6 +53,12 @@ class WanLiteCompare(io.ComfyNode):
                      io.Float.Output(display_name="student_seconds", tooltip="The student's seconds a clip, warm, sampling alone."),
                      io.Int.Output(display_name="student_bytes", tooltip="The student's weights as ComfyUI holds them.")],
             hidden=[io.Hidden.unique_id])
+
+    @classmethod
+    def validate_inputs(cls, **given: Any) -> bool:
+        check_widgets(cls, given)
+        check_expert(given)
+        return True
 
     @classmethod
     def execute(cls, teacher: Any, student: Any, prompts: Any, vae: Any, latent: dict, sampler: str, scheduler: str, clips: int,

@@ -19,10 +19,10 @@ class WanLiteRemapLoRA(io.ComfyNode):
                 Student.Input("student", tooltip="The student that the LoRAs are for: from WanLite Load Student, Distill or Create Student."),
                 io.Combo.Input("lora", options=folders.lora_names(), tooltip="A LoRA that was made for the student's teacher. It is not changed."),
                 io.String.Input("more", default="", multiline=True, placeholder="wan/style*.safetensors",
-                                tooltip="More of them: one name a line as the list above shows it, or a pattern with * in it. What a pattern finds and "
-                                        "is for another model is left out and named in the report. Files that end with the suffix are not found."),
-                io.String.Input("suffix", default="-wanlite", tooltip="What the new files are called: the old name, and this. With several students, "
-                                                                      "name the student here."),
+                                tooltip="More of them: one name a line as the list above shows it, or a pattern with * in it. What a pattern finds and is "
+                                        "for another model is left out and named in the report."),
+                io.String.Input("suffix", default="-wanlite", tooltip="What the new files are called: the old name, and this. With several students, name "
+                                                                      "the student here."),
                 io.Boolean.Input("overwrite", default=False, tooltip="Replace a LoRA of the new name. What WanLite did not write is never replaced."),
             ],
             outputs=[io.String.Output(display_name="file_names", tooltip="The new LoRAs as ComfyUI's LoRA loader lists them, one a line."),
@@ -31,16 +31,18 @@ class WanLiteRemapLoRA(io.ComfyNode):
             hidden=[io.Hidden.unique_id])
 
     @classmethod
-    def validate_inputs(cls, more: str | None = None, suffix: str | None = None) -> bool | str:
-        from ..wanlite_model.errors import WanLiteError
+    def validate_inputs(cls, **given: Any) -> bool:
         from ..wanlite_model.formats.place import check_name
-        try:
-            if suffix is not None:
-                check_name(f"a{suffix}", "a LoRA")
-                folders.chosen_loras("", more or "", suffix)
+        from .comfy_bridge.loras import check_targets
+        lora, suffix, overwrite = (given.get(name) for name in ("lora", "suffix", "overwrite"))
+        if lora is not None:
+            folders.lora_path(lora)
+        if suffix is None:
             return True
-        except WanLiteError as error:
-            return str(error)
+        check_name(f"a{suffix}", "a LoRA")
+        chosen = folders.chosen_loras(lora or "", given.get("more") or "", suffix)
+        check_targets({name: found for name, found in chosen.items() if name}, suffix, overwrite is None or overwrite)
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, lora: str, more: str | None, suffix: str | None, **_: Any) -> str:

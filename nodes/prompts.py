@@ -6,6 +6,7 @@ from comfy_api.latest import io
 from .comfy_bridge import folders
 from .report import told
 from .sockets import Prompts
+from .widgets import check_widgets
 
 NOT_LINKED = object()
 
@@ -21,61 +22,62 @@ class WanLiteEncodePrompts(io.ComfyNode):
                 io.Clip.Input("clip", optional=True, lazy=True,
                               tooltip="WAN's text encoder (umt5-xxl, from CLIPLoader with type 'wan'). Asked for only when the bank lacks a prompt."),
                 io.String.Input("prompts", multiline=True, default="", placeholder="one prompt a line",
-                                tooltip="One prompt a line; empty lines and lines that start with # do not count. Best 24 or more that look like "
-                                        "what you generate. With nothing here and no file, the whole bank is used."),
+                                tooltip="One prompt a line, best 24 or more that look like what you generate; empty lines and lines that start with # do not "
+                                        "count. With nothing here and no file, the whole bank is used."),
                 io.Combo.Input("prompt_file", options=[folders.NONE, *folders.prompt_files()], default=folders.NONE,
                                tooltip="A .txt file of ComfyUI's input folder, or one of WanLite's own lists, read like the field above and added to it."),
-                io.String.Input("template", default="{prompt}",
-                                tooltip="Put around each prompt: 'ohwx style, {prompt}' adds a LoRA's trigger word to all of them. What comes from the "
-                                        "bank alone is left as it is."),
                 io.String.Input("negative", multiline=True, default="", placeholder="empty: the bank's, else WAN's own",
-                                tooltip="The negative prompt that guidance moves away from. Empty: that of the bank; without a bank, WAN's own "
-                                        "default, which the released models were tuned with."),
+                                tooltip="The negative prompt that guidance moves away from. Empty: that of the bank; without a bank, WAN's own default, "
+                                        "which the released models were tuned with."),
+                io.String.Input("template", default="{prompt}",
+                                tooltip="Text around each prompt, which stands where the braces are: write a LoRA's trigger word before it, for instance. "
+                                        "What comes from the bank alone is left as it is."),
+                io.Combo.Input("folder", options=[folders.NONE, *folders.picture_folders()], default=folders.NONE,
+                               tooltip="A folder of ComfyUI's input folder with pictures, or clips, and a .txt of the same name to each, its prompt. Needs "
+                                       "the VAE and the LATENT, unless only the captions are wanted."),
+                io.Combo.Input("show", options=list(folders.SHOW), default=folders.FIRST,
+                               tooltip="What of the folder an image-to-video WAN is shown: the picture or the clip's first frame; with FLF2V its last frame "
+                                       "too (or the picture named _last); nothing, for text-to-video."),
                 io.Combo.Input("bank", options=[folders.NONE, *folders.bank_names()], default=folders.NONE,
                                tooltip="Prompts that were encoded before: saved by this node, or a bank file in ComfyUI's input folder."),
                 io.String.Input("save_as", default="", placeholder="empty: not saved",
-                                tooltip="Saves the prompts and their embeddings as a bank of this name: about 8 KiB a token of text, and some MB for each picture (5 at 832 x 480 and 81 frames)."),
-                io.Int.Input("preview", default=1, min=1, max=1_000_000,
-                             tooltip="Which prompt, counted from 1, goes to the positive output, for a sampler beside the distillation."),
-                io.Combo.Input("folder", options=[folders.NONE, *folders.picture_folders()], default=folders.NONE,
-                               tooltip="A folder of ComfyUI's input folder with pictures, or clips, and a .txt of the same name to each, which is its "
-                                       "prompt. Needs the VAE and the LATENT below, unless only the captions are wanted."),
-                io.Combo.Input("show", options=list(folders.SHOW), default=folders.FIRST,
-                               tooltip="What of the folder an image-to-video WAN is shown: the picture or the clip's first frame; with FLF2V also the clip's last "
-                                       "frame, or the picture of the same name with _last; or nothing, for text-to-video."),
+                                tooltip="Saves prompts and embeddings as a bank of this name: about 8 KiB a token of text, and some MB a picture (5 at 832 x "
+                                        "480 and 81 frames)."),
+                io.Int.Input("preview", default=1, min=1, max=10_000,
+                             tooltip="Number of the prompt, counted from 1, that goes to the positive output, for a sampler beside the distillation."),
                 io.Vae.Input("vae", optional=True, tooltip="This WAN's own VAE, for a folder of pictures or clips."),
                 io.ClipVision.Input("clip_vision", optional=True, tooltip="clip_vision_h, for 2.1's image-to-video and FLF2V; 2.2 has no use for it."),
                 io.Latent.Input("latent", optional=True,
-                                tooltip="Tells the size and length that pictures are encoded for: the one to distil at. That of Wan22ImageToVideoLatent with a "
-                                        "start image keeps its first frames for 2.2 TI2V-5B."),
+                                tooltip="The size and length to distil at, which pictures are encoded for. That of Wan22ImageToVideoLatent with a start "
+                                        "image keeps its first frames for 2.2 TI2V-5B."),
                 io.Conditioning.Input("conditioning", optional=True,
-                                      tooltip="Prompts that stock nodes have encoded, with WanImageToVideo's pictures or without: each entry is a prompt. "
-                                              "Conditioning (Combine) puts several into one. In place of all prompts above."),
+                                      tooltip="Prompts that stock nodes have encoded, with WanImageToVideo's pictures or without, in place of all prompts "
+                                              "above. Conditioning (Combine) puts several into one."),
                 io.Conditioning.Input("negative_conditioning", optional=True, tooltip="The negative prompt that belongs to them, from the same node."),
             ],
             outputs=[Prompts.Output(display_name="prompts", tooltip="All prompts and the negative one, encoded, for the other WanLite nodes."),
                      io.Conditioning.Output(display_name="positive", tooltip="The prompt that preview names, for a stock sampler."),
                      io.Conditioning.Output(display_name="negative", tooltip="The negative prompt, for a stock sampler."),
-                     io.Latent.Output(display_name="latent", tooltip="The LATENT to distil at: with the folder's clips in it as training data (with pictures, where "
-                                                                     "it is one frame long), else as it came.")],
+                     io.Latent.Output(display_name="latent", tooltip="The LATENT to distil at: with the folder's clips in it as training data (with "
+                                                                     "pictures, where it is one frame long), else as it came.")],
             hidden=[io.Hidden.unique_id])
 
     @classmethod
-    def validate_inputs(cls, save_as: str | None = None, bank: str | None = None, prompt_file: str | None = None,
-                        template: str | None = None, folder: str | None = None) -> bool | str:
+    def validate_inputs(cls, **given: Any) -> bool:
         from ..wanlite_model.errors import WanLiteError
         from ..wanlite_model.formats.place import check_name
-        for name, path in ((bank, folders.bank_path), (prompt_file, folders.prompt_file)):       # not every ComfyUI checks a list's choice
-            if name not in (None, folders.NONE) and not path(name).is_file():
-                return f"{name} is not there any more. Press R to refresh the list, and choose again."
-        if folder not in (None, folders.NONE) and not folders.picture_folder(folder).is_dir():
-            return f"The folder {folder} is not there any more. Press R to refresh the list, and choose again."
-        if template is not None and "{prompt}" not in template:
-            return f"The template {template!r} has no {{prompt}} in it. Write it where each prompt is to stand, like 'ohwx style, {{prompt}}'."
-        try:
-            return not save_as or bool(check_name(save_as, "a bank"))
-        except WanLiteError as error:
-            return str(error)
+        for name, path in (("bank", folders.bank_path), ("prompt_file", folders.prompt_file), ("folder", folders.picture_folder)):
+            chosen = given.get(name)
+            if chosen not in (None, folders.NONE) and not path(chosen).exists():
+                raise WanLiteError(f"{chosen} is not there any more.", "", "Press R to refresh the list, and choose again.")
+        check_widgets(cls, given)
+        if given.get("template") is not None and "{prompt}" not in given["template"]:
+            raise WanLiteError(f"The template {given['template']!r} has no {{prompt}} in it.", "",
+                               "Write it where each prompt is to stand, like 'ohwx style, {prompt}'.")
+        if given.get("save_as"):
+            check_name(given["save_as"], "a bank")
+        _check_prompts(given)
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, prompt_file: str = folders.NONE, bank: str = folders.NONE, folder: str = folders.NONE, **_: Any) -> str:
@@ -113,3 +115,16 @@ class WanLiteEncodePrompts(io.ComfyNode):
         report += (save_bank(gathered, save_as) if save_as else "") + too_few(len(gathered))
         return io.NodeOutput(gathered, stock(gathered.contexts[preview - 1], gathered.shown[preview - 1] if gathered.shown else None),
                              stock(gathered.negative, gathered.shown[preview - 1] if gathered.shown else None), at, ui=told("Encode Prompts", report))
+
+
+def _check_prompts(given: dict[str, Any]) -> None:
+    """Raises WanLiteError where what is typed and chosen is refused whatever the links bring; nothing, where a text is linked that is not known yet."""
+    from ..wanlite_model.errors import WanLiteError
+    from .comfy_bridge.text import check_alone, check_asked
+    typed = {name: given.get(name) for name in ("prompts", "prompt_file", "template", "negative", "bank", "folder", "show")}
+    if "conditioning" in given and "negative_conditioning" not in given:
+        raise WanLiteError("The positive CONDITIONING is connected, and the negative one is not.", "", "Connect both, from the same node.")
+    if "conditioning" in given:
+        check_alone(typed["prompts"] or "", *(typed[name] or folders.NONE for name in ("prompt_file", "bank", "folder")))
+    elif None not in typed.values():
+        check_asked(**typed, preview=given.get("preview") or 1, save_as=given.get("save_as") or "", linked=given.keys())

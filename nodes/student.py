@@ -7,6 +7,7 @@ from .comfy_bridge import folders
 from .comfy_bridge.choices import EVERY_LEVEL, HIGH, LOW, WHOLE
 from .report import told
 from .sockets import Prompts, Student
+from .widgets import check_expert, check_widgets
 
 CUSTOM = "custom"
 PRESETS = {"same size": 1.0, "3/4 of the blocks": 0.75, "2/3 of the blocks": 2 / 3, "1/2 of the blocks": 0.5, CUSTOM: None}
@@ -20,52 +21,59 @@ class WanLiteCreateStudent(io.ComfyNode):
             description="Cuts a smaller WAN out of the teacher: keeps the blocks and FFN neurons that matter most for these prompts and refits "
                         "what is left. The start is kept under output/wanlite/starts; asking for the same again takes no time.",
             inputs=[
-                io.Model.Input("model", tooltip="The teacher: a WAN MODEL from any loader, with or without LoRA. The LoRA becomes "
-                                                "part of the student; the shift of ModelSamplingSD3 is read from it."),
+                io.Model.Input("model", tooltip="The teacher: a WAN MODEL from any loader, with or without LoRA. The LoRA becomes part of the student; the "
+                                                "shift of ModelSamplingSD3 is read from it."),
                 Prompts.Input("prompts", tooltip="What the teacher is watched on while blocks are chosen."),
-                io.Latent.Input("latent", tooltip="Tells the size and the number of frames that the student is meant for; its content is not "
-                                                  "used. EmptyHunyuanLatentVideo makes one."),
+                io.Latent.Input("latent", tooltip="Tells the size and the number of frames that the student is meant for; its content is not used. "
+                                                  "EmptyHunyuanLatentVideo makes one."),
                 io.Combo.Input("preset", options=list(PRESETS), default="2/3 of the blocks",
-                               tooltip="How much of the teacher is kept, in whole blocks. 'custom' reads the three fields below."),
-                io.Int.Input("depth", default=0, min=0, max=1000,
-                             tooltip="custom: how many blocks to keep. 0 keeps as many as the teacher has, or as the keep-map names."),
-                io.Int.Input("ffn_dim", default=0, min=0, max=1_000_000, step=1,
-                             tooltip="custom: FFN neurons in each block. 0 keeps the teacher's. Fewer save memory more than time."),
+                               tooltip="How much of the teacher is kept, in whole blocks. 'same size' for no-cfg and few steps. 'custom' reads depth, "
+                                       "ffn_dim and keep_map."),
+                io.Int.Input("block_steps", default=0, min=0, max=10_000,
+                             tooltip="Steps for which each block from the first gap on is trained by itself, one at a time on the card: 100 to 500. 150 "
+                                     "makes a far better start and takes minutes. 0: not at all."),
+                io.Float.Input("cfg", default=5.0, min=1.0, max=30.0, step=0.1,
+                               tooltip="Guidance scale (cfg) of the teacher while it is watched: 3 to 7, the same as in WanLite Distill."),
+                io.Combo.Input("expert", options=[WHOLE, HIGH, LOW, EVERY_LEVEL], default=WHOLE,
+                               tooltip="For 2.2 A14B, whose two files are one model: which of them the MODEL is. 'low noise, at every level': the low one as "
+                                       "a model of its own, for single pictures."),
+                io.Int.Input("depth", default=0, min=0, max=100,
+                             tooltip="custom: blocks to keep, of the teacher's 30 (1.3B, 5B) or 40 (14B). 0: as many as the teacher has, or as the keep-map "
+                                     "names."),
+                io.Int.Input("ffn_dim", default=0, min=0, max=65_536, step=1,
+                             tooltip="custom: FFN neurons in each block: 4096 to the teacher's 8960 (1.3B), 13824 (14B) or 14336 (5B). 0: the teacher's. "
+                                     "Fewer save memory more than time."),
                 io.String.Input("keep_map", default="", placeholder="0-3,5,7-9",
                                 tooltip="custom: exactly these of the teacher's blocks, counted from 0, as numbers and ranges. Empty: chosen."),
                 io.Combo.Input("method", options=["spaced", "greedy", "influence", "interleaved"], default="spaced",
-                               tooltip="How blocks are chosen: 'spaced' removes, one after another, the block that changes the teacher's answer "
-                                       "least (some minutes), neighbours of a removed one last; 'greedy' takes neighbours too; 'influence' removes "
-                                       "at once those that turn what they are fed the least (three passes over the states); 'interleaved' spreads "
-                                       "them evenly (no time). Where that comes out better, it is what is taken. Not used with a keep-map."),
-                io.Int.Input("block_steps", default=0, min=0, max=100_000,
-                             tooltip="Steps for which each block, from the one before the first gap on, is trained by itself to do the work of those that are gone: "
-                                     "one block at a time is on the card. 150 makes a far better start and takes minutes. 0: not at all."),
+                               tooltip="How blocks are chosen. 'spaced': those that change the answer least go, neighbours last (some minutes). 'greedy': "
+                                       "neighbours too. 'influence': at once (quick). 'interleaved': evenly (no time). Not used with a keep-map."),
                 io.Combo.Input("refit", options=["none", "mean", "least squares"], default="none",
-                               tooltip="Folds what the removed blocks added into the cross attention of the block after each gap, computed without "
-                                       "training: 'mean' moves its bias, 'least squares' its output layer too, which is worth it from a "
-                                       "dozen prompts on. block_steps does more, and goes on from there."),
-                io.Float.Input("cfg", default=5.0, min=1.0, max=100.0, step=0.1,
-                               tooltip="Guidance scale of the teacher while it is watched; set it as in WanLite Distill."),
+                               tooltip="Folds what removed blocks added into the block after each gap, without training: 'mean' moves a bias, 'least "
+                                       "squares' a layer too, from a dozen prompts on. block_steps does more, and goes on from there."),
                 io.Int.Input("probe_seed", default=0, min=0, max=2**31 - 1,
-                             tooltip="Noise of the states that blocks are judged on. Another number may choose other blocks."),
-                io.Combo.Input("expert", options=[WHOLE, HIGH, LOW, EVERY_LEVEL], default=WHOLE,
-                               tooltip="For 2.2 A14B, whose two files are one model: which of them the MODEL is. Its student is judged on its own side of the boundary "
-                                       "(sigma 0.875 for text, 0.9 for pictures). 'low noise, at every level': the low one as a model of its own, for single pictures."),
-                io.Model.Input("other_expert", optional=True, tooltip="The other file of 2.2 A14B, through the same ModelSamplingSD3. The teacher's videos are made by both."),
+                             tooltip="Seed, a whole number, of the noise that blocks are judged on. Another number may choose other blocks."),
+                io.Model.Input("other_expert", optional=True, tooltip="The other file of 2.2 A14B, through the same ModelSamplingSD3. The teacher's videos "
+                                                                      "are made by both."),
             ],
             outputs=[Student.Output(display_name="student", tooltip="The untrained start, for WanLite Distill or WanLite Save Student."),
                      io.String.Output(display_name="report", tooltip="What was kept, and how far from the teacher it is before training.")],
             hidden=[io.Hidden.unique_id])
 
     @classmethod
-    def validate_inputs(cls, depth: int | None = None, ffn_dim: int | None = None, keep_map: str | None = None,
-                        preset: str = CUSTOM) -> bool | str:
-        if preset not in PRESETS:
-            return f"preset is {preset!r}. Choose one of {', '.join(PRESETS)}."
-        if preset != CUSTOM and (depth or ffn_dim or keep_map):
-            return (f"The preset '{preset}' decides the size, and depth, ffn_dim or keep_map say it again. Set them to 0 and empty, or choose "
-                    "'custom'.")
+    def validate_inputs(cls, **given: Any) -> bool:
+        from ..wanlite_model.compress.plan import parse_keep_map
+        from ..wanlite_model.errors import WanLiteError
+        check_widgets(cls, given)
+        check_expert(given)
+        depth, ffn_dim, keep_map = given.get("depth"), given.get("ffn_dim"), (given.get("keep_map") or "").strip()
+        if given.get("preset", CUSTOM) not in (None, CUSTOM) and (depth or ffn_dim or keep_map):
+            raise WanLiteError(f"The preset '{given['preset']}' decides the size, and depth, ffn_dim or keep_map say it again.", "",
+                               f"Set them to 0 and empty, or choose '{CUSTOM}'.")
+        if keep_map:
+            kept = parse_keep_map(keep_map)
+            if depth and depth != len(kept):
+                raise WanLiteError(f"depth is {depth}, and the keep-map names {len(kept)} blocks.", "", f"Set depth to 0 or {len(kept)}.")
         return True
 
     @classmethod
@@ -104,15 +112,11 @@ class WanLiteSaveStudent(io.ComfyNode):
                 io.String.Input("name", default="wanlite-student",
                                 tooltip="Its name below models/diffusion_models: letters, digits, spaces, - and _."),
                 io.Combo.Input("format", options=list(LAYOUTS), default="folder",
-                               tooltip="'folder' opens in ComfyUI, in Wan's own code and in diffusers' from_single_file. 'single file' is one .safetensors "
-                                       "with nothing beside it. 'diffusers folder', below output/wanlite/diffusers, is for diffusers' "
-                                       "from_pretrained. 'LoRA', for a student that was trained as one: a small file in models/loras, for the "
-                                       "teacher and its kin. 'GGUF' is for the custom node ComfyUI-GGUF. Workflows of files go to "
-                                       "output/wanlite/workflows."),
+                               tooltip="'folder': for ComfyUI, Wan's code and diffusers. 'single file': one .safetensors. 'diffusers folder': below "
+                                       "output/wanlite/diffusers. 'LoRA': of a student trained as one, in models/loras. 'GGUF': for ComfyUI-GGUF."),
                 io.Combo.Input("dtype", options=list(DTYPES), default="bf16",
-                               tooltip="Of the saved weights. bf16 and fp16 take 2 bytes a parameter, fp32 takes 4. What Distill hands on is bf16: "
-                                       "fp32 makes its file larger, not better. fp8 takes 1 and is for a single file in ComfyUI; Q8_0, Q5_0 and Q4_0 "
-                                       "take 1.1, 0.7 and 0.6 and are GGUF's. What they change is measured and told."),
+                               tooltip="Bytes a weight: bf16 and fp16 2, fp32 4 (larger, not better), fp8 1 (single file only); for GGUF Q8_0 1.1, Q5_0 0.7, "
+                                       "Q4_0 0.6. What rounding changes is measured and told."),
                 io.Boolean.Input("overwrite", default=False,
                                  tooltip="Replace a student of this name. What WanLite did not write is never replaced."),
                 io.String.Input("base_model", default="", placeholder="Wan 2.1 T2V 1.3B",
@@ -125,20 +129,20 @@ class WanLiteSaveStudent(io.ComfyNode):
                      io.String.Output(display_name="report", tooltip="What was saved, whether its reader agreed, and which readers open it.")])
 
     @classmethod
-    def validate_inputs(cls, name: str | None = None, format: str | None = None, dtype: str | None = None, base_model: str | None = None,
-                        licence: str | None = None) -> bool | str:
-        from ..wanlite_model.errors import WanLiteError
+    def validate_inputs(cls, **given: Any) -> bool:
         from ..wanlite_model.formats.model_card import Stated
         from ..wanlite_model.formats.pairs import check_pair
         from ..wanlite_model.formats.place import check_name
-        try:
-            if name is not None:
-                check_name(name)
-            if format is not None and dtype is not None:
-                check_pair(format, dtype)
-            Stated(base_model=base_model or "", licence=licence or "")
-        except WanLiteError as error:
-            return str(error)
+        from .comfy_bridge.save import check_target
+        name, format, dtype, overwrite = (given.get(widget) for widget in ("name", "format", "dtype", "overwrite"))
+        if name is not None:
+            check_name(name)
+        check_widgets(cls, given)
+        if format is not None and dtype is not None:
+            check_pair(format, dtype)
+        Stated(base_model=given.get("base_model") or "", licence=given.get("licence") or "")
+        if None not in (name, format, dtype):
+            check_target(name, format, dtype, overwrite is None or overwrite)
         return True
 
     @classmethod
@@ -165,6 +169,12 @@ class WanLiteLoadStudent(io.ComfyNode):
                                    tooltip="A file or folder below models/diffusion_models. A student's recommended shift is set on its MODEL.")],
             outputs=[Student.Output(display_name="student", tooltip="For WanLite Distill, or to be saved in another format."),
                      io.Model.Output(display_name="model", tooltip="Ready for a stock KSampler: its shift is set.")])
+
+    @classmethod
+    def validate_inputs(cls, name: str | None = None) -> bool:
+        if name is not None:
+            folders.found(name)
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, name: str) -> str:

@@ -19,6 +19,12 @@ class WanLiteLoadTeacher(io.ComfyNode):
                      io.String.Output(display_name="summary", tooltip="Architecture, size, dtype and shift in words.")])
 
     @classmethod
+    def validate_inputs(cls, name: str | None = None) -> bool:
+        if name is not None:
+            folders.found(name)
+        return True
+
+    @classmethod
     def fingerprint_inputs(cls, name: str) -> str:
         return folders.changed(folders.model_path(name))
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,7 @@ HOLDOUT_PROMPTS = 8             # from this many on, whole prompts are held out
 MOST_HELD_OUT = 16
 AXES = {"image": 4, "clip_fea": 2, "given": 4}         # of what is shown
 MOST_ROWS = 8 * TEXT_LEN        # of an embedding before its padding is trimmed
+UNREADABLE = (OSError, KeyError, TypeError, json.JSONDecodeError, RuntimeError, SafetensorError)        # what a file that is no bank raises
 
 
 def parse_prompts(text: str) -> tuple[str, ...]:
@@ -148,13 +150,21 @@ class PromptBank:
         replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=told))
 
     @classmethod
+    def texts(cls, path: Path) -> tuple[tuple[str, ...], str]:
+        """(the prompts, the negative prompt) of a bank, without their embeddings. Raises WanLiteError when the file is not a prompt bank."""
+        try:
+            with safe_open(regular(path), "pt") as stored:
+                told = _told(stored)
+                return tuple(told["prompts"]), told["negative"]
+        except UNREADABLE as error:
+            raise _no_bank(path, error) from error
+
+    @classmethod
     def load(cls, path: Path) -> PromptBank:
         """Raises WanLiteError when the file is not a whole prompt bank."""
         try:
             with safe_open(regular(path), "pt") as stored:
-                told = json.loads((stored.metadata() or {})[FORMAT])
-                if not all(isinstance(text, str) for text in (*told["prompts"], told["negative"])):
-                    raise TypeError("a prompt that is no text")
+                told = _told(stored)
                 names, count = set(stored.keys()), len(told["prompts"])
                 contexts = tuple(stored.get_tensor(f"prompt.{i}") for i in range(count))
                 # The bank copies all of it: a view would keep the file mapped, and Windows then refuses to replace it.
@@ -162,9 +172,21 @@ class PromptBank:
                                        if f"shown.{i}.{kind.name}" in names}) for i in range(count))
                 return cls(prompts=tuple(told["prompts"]), contexts=contexts, negative_text=told["negative"],
                            negative=stored.get_tensor("negative"), shown=shown if any(one.tensors() for one in shown) else ())
-        except (OSError, KeyError, TypeError, json.JSONDecodeError, RuntimeError, SafetensorError) as error:
-            raise WanLiteError(f"{path.name} is not a WanLite prompt bank ({error}).", "",
-                               "Choose a bank that WanLite Encode Prompts saved, or encode the prompts again.") from error
+        except UNREADABLE as error:
+            raise _no_bank(path, error) from error
+
+
+def _told(stored: Any) -> dict[str, Any]:
+    """What an open file's header says of a bank: its texts."""
+    told = json.loads((stored.metadata() or {})[FORMAT])
+    if not all(isinstance(text, str) for text in (*told["prompts"], told["negative"])):
+        raise TypeError("a prompt that is no text")
+    return told
+
+
+def _no_bank(path: Path, error: Exception) -> WanLiteError:
+    return WanLiteError(f"{path.name} is not a WanLite prompt bank ({error}).", "",
+                        "Choose a bank that WanLite Encode Prompts saved, or encode the prompts again.")
 
 
 def _hash(*tensors: Tensor) -> str:

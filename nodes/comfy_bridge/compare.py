@@ -15,7 +15,7 @@ from torch import Tensor
 from ...wanlite_model.errors import WanLiteError
 from ...wanlite_model.prompts import PromptBank
 from .clips import Contender, How, drawn
-from .latents import shape_of
+from .latents import check_vae, shape_of
 from .runtime import Bar
 
 LABEL = 28          # height of the line of text above the pictures
@@ -49,6 +49,7 @@ def compare(contenders: Sequence[Contender], *, prompts: PromptBank, vae: Any, l
             node_id: str | None) -> Comparison:
     """Samples the first `clips` prompts with each. Raises WanLiteError when there are fewer prompts, or the LATENT is not WAN's."""
     shape = shape_of(latent, contenders[0].config.out_dim)
+    _check(contenders, prompts, vae, shape, how)
     if clips > len(prompts):
         raise WanLiteError(f"clips is {clips} and there are {len(prompts)} prompts.", "", f"Set clips to at most {len(prompts)}.")
     bar, done = Bar(node_id), 0
@@ -68,6 +69,17 @@ def compare(contenders: Sequence[Contender], *, prompts: PromptBank, vae: Any, l
     labels = [f"{one.name}: {one.steps} steps, cfg {one.cfg:g}, {m.seconds:.2f} s" for one, m in zip(contenders, measured)]
     images = torch.cat([_beside([own[i] for own in videos], labels) for i in range(clips)])
     return Comparison(images=images, text=_text(contenders, measured, shape, clips), measured=tuple(measured))
+
+
+def _check(contenders: Sequence[Contender], prompts: PromptBank, vae: Any, shape: tuple[int, int, int, int], how: How) -> None:
+    """Raises WanLiteError where what is connected does not belong together: before the first clip, which may take minutes."""
+    check_vae(vae, shape[0])
+    for one in contenders:
+        if one.config.out_dim != shape[0]:
+            raise WanLiteError(f"The {one.name} MODEL makes latents of {one.config.out_dim} channels, and the {contenders[0].name} of {shape[0]}.",
+                               "All of them start from the same noise.", "Connect MODELs of one kind of WAN.")
+        prompts.fitted(one.config, shape)
+        one.parts(how)
 
 
 def _frames(vae: Any, latents: Tensor) -> Tensor:

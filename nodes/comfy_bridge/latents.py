@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...wanlite_model.config import video_size
 from ...wanlite_model.errors import WanLiteError
+from ...wanlite_model.formats.workflow import VAE, VAE_5B
 from .conditions import given_frames, processed
 
 
@@ -28,6 +29,14 @@ def training_latents(latent: dict[str, Any], channels: int) -> Tensor | None:
     if given_frames(latent):                # a size, and the frames that the prompts were encoded with
         return None
     return processed(samples)
+
+
+def check_vae(vae: Any, channels: int) -> None:
+    """Raises WanLiteError unless the VAE decodes latents of so many channels; one that does not say how many it does is tried."""
+    found = getattr(vae, "latent_channels", channels)
+    if found != channels:
+        raise WanLiteError(f"The VAE is for latents of {found} channels.", f"This WAN's have {channels}.",
+                           f"Load {VAE_5B if channels == 48 else VAE} with Load VAE.")
 
 
 def _samples(latent: dict[str, Any], channels: int) -> Tensor:

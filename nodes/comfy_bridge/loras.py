@@ -19,13 +19,17 @@ from ...wanlite_model.compress.plan import Progress
 from ...wanlite_model.errors import WanLiteError
 from ...wanlite_model.formats.keymap import wan_size
 from ...wanlite_model.formats.lora_parts import delta
+from ...wanlite_model.formats.saving import check_free
 from . import folders, memory
+from .disk import check_present
 from .load import open_student
 from .teacher import PREFIX
 from .verify import LORA_READER, OPENED
 
 LIMIT = 1e-4            # of the largest change of a weight; fp32 is not summed in the same order everywhere
 ROUNDING = 2e-7         # of the largest weight: fp32's own
+
+_saved: set[Path] = set()       # by this process, as in save.py
 
 
 def remap(student: StudentHandle, chosen: Mapping[str, bool], *, suffix: str, overwrite: bool) -> Generator[Progress, None, tuple[list[str], str]]:
@@ -34,6 +38,7 @@ def remap(student: StudentHandle, chosen: Mapping[str, bool], *, suffix: str, ov
     chosen: {name: whether only a wildcard found it}. What only a wildcard found is left out, with its reason, where it is for another model.
     Raises WanLiteError, and then nothing on disk has changed.
     """
+    check_present(student)
     check_student(student)
     loras: dict[str, TeacherLora] = {}
     left_out: list[str] = []
@@ -45,13 +50,28 @@ def remap(student: StudentHandle, chosen: Mapping[str, bool], *, suffix: str, ov
                 raise
             left_out.append(f"Left out: {error}")
             continue
-        new = str(Path(name).with_name(f"{Path(name).stem}{suffix}.safetensors"))
+        new = _renamed(name, suffix)
         if new.lower() in map(str.lower, loras):
             raise WanLiteError(f"{name} and another LoRA would both become {new}.", "", "Choose one of them, or rename it.")
         loras[new] = lora
-    home, verifier = folders.loras_folder(), Verifier(student)
-    report = yield from save_remapped(loras, student, home, verify=verifier, overwrite=overwrite)
+    home = folders.loras_folder()
+    for new in loras:
+        check_free(home / new, None, overwrite)         # before the student is opened
+    report = yield from save_remapped(loras, student, home, verify=Verifier(student), overwrite=overwrite)
+    _saved.update(home / new for new in loras)
     return list(loras), "\n".join((report, *left_out))
+
+
+def check_targets(chosen: Mapping[str, bool], suffix: str, overwrite: bool) -> None:
+    """Raises WanLiteError when a new name is taken, whatever the student is. A name that this process gave may be of the same LoRA, queued again."""
+    for name, by_wildcard in chosen.items():
+        target = folders.loras_folder() / _renamed(name, suffix)
+        if not by_wildcard:                             # of what a pattern finds, some is for another model and left out
+            check_free(target, None, overwrite or target in _saved)
+
+
+def _renamed(name: str, suffix: str) -> str:
+    return str(Path(name).with_name(f"{Path(name).stem}{suffix}.safetensors"))
 
 
 class Verifier:

@@ -1,7 +1,7 @@
 """Prompts through ComfyUI's text encoder, as far as a bank does not know them, or as stock nodes have encoded them."""
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ...wanlite_model.prompts import HOLDOUT_PROMPTS, PromptBank, parse_prompts,
 from . import folders
 from .conditions import given_frames, rows_of
 from .folders import NOTHING
+from .latents import check_vae, size_of
 from .pictures import Encoder, Item, items_of
 
 ENOUGH = 24             # prompts of a job whose student is to know more than them
@@ -38,17 +39,11 @@ class Wanted:
     def of(cls, prompts: str, prompt_file: str, template: str, negative: str, bank: str, folder: str, show: str) -> Wanted:
         """From the node's widgets. Raises WanLiteError without any prompt, when a file cannot be read, or when two places say what the prompts are."""
         stored = PromptBank.load(folders.bank_path(bank)) if bank != folders.NONE else None
-        text = f"{prompts}\n{_read(prompt_file)}" if prompt_file != folders.NONE else prompts
-        items = tuple(items_of(folder, show)) if folder != folders.NONE else ()
-        if items and text.strip():
-            raise WanLiteError("There are prompts, and a folder whose captions are prompts.", "Each picture belongs to its own caption.",
-                               "Empty the prompts and set prompt_file to none, or choose no folder.")
-        from_bank = stored is not None and not text.strip() and not items
-        texts = stored.prompts if from_bank else tuple(template.replace("{prompt}", prompt) for prompt in
-                                                       ((item.caption for item in items) if items else parse_prompts(text)))
-        negative = negative or (stored.negative_text if stored else NEGATIVE)
+        texts = None if stored is None else (stored.prompts, stored.negative_text)
+        wanted, negative, items = _asked(prompts, prompt_file, template, negative, texts, folder, show)
         held = {} if stored is None else {**dict(zip(stored.prompts, stored.contexts)), stored.negative_text: stored.negative}
-        return cls(prompts=texts, negative=negative, known={t: held[t] for t in (*texts, negative) if t in held},
+        from_bank = stored is not None and wanted is stored.prompts
+        return cls(prompts=wanted, negative=negative, known={t: held[t] for t in (*wanted, negative) if t in held},
                    shown=stored.shown if from_bank else (), items=items)
 
     @property
@@ -61,8 +56,7 @@ class Wanted:
         another bank has the name `save_as` (with pictures that shows when they are encoded).
         """
         if self.missing and clip is None:
-            raise WanLiteError(f"{len(self.missing)} texts are in no bank (first: {self.missing[0][:60]!r}) and no CLIP is connected.", "",
-                               "Connect WAN's text encoder, or choose a bank that holds these prompts and this negative prompt.")
+            raise _no_encoder(self.missing)
         check_preview(preview, len(self.prompts))
         path = _bank_path(save_as) if save_as else None
         if path is not None and path.exists() and not self.items and (self.missing or not _same(PromptBank.load(path), self._bank(self.known))):
@@ -81,6 +75,43 @@ class Wanted:
     def _bank(self, contexts: Mapping[str, Tensor]) -> PromptBank:
         return PromptBank(prompts=self.prompts, contexts=tuple(contexts[text] for text in self.prompts), negative_text=self.negative,
                           negative=contexts[self.negative], shown=self.shown)
+
+
+def check_asked(prompts: str, prompt_file: str, template: str, negative: str, bank: str, folder: str, show: str, preview: int,
+                save_as: str, linked: Collection[str]) -> None:
+    """What the node refuses whatever its links bring, found without reading an embedding. linked: which of clip, vae and latent are. Raises WanLiteError."""
+    stored = PromptBank.texts(folders.bank_path(bank)) if bank != folders.NONE else None
+    wanted, negative, items = _asked(prompts, prompt_file, template, negative, stored, folder, show)
+    check_preview(preview, len(wanted))
+    held = () if stored is None else (*stored[0], stored[1])
+    missing = [text for text in dict.fromkeys((*wanted, negative)) if text not in held]
+    if missing and "clip" not in linked:
+        raise _no_encoder(missing)
+    path = _bank_path(save_as) if save_as else None
+    if path is not None and path.exists() and PromptBank.texts(path) != (wanted, negative):
+        raise _taken(path)
+    if items and show != NOTHING:
+        _check_parts({"vae", "latent"} - set(linked))
+
+
+def _asked(prompts: str, prompt_file: str, template: str, negative: str, stored: tuple[tuple[str, ...], str] | None, folder: str, show: str
+           ) -> tuple[tuple[str, ...], str, tuple[Item, ...]]:
+    """(the prompts, the bank's own where nothing else is given; the negative prompt; the folder's items). stored: the texts of the chosen bank."""
+    text = f"{prompts}\n{_read(prompt_file)}" if prompt_file != folders.NONE else prompts
+    items = tuple(items_of(folder, show)) if folder != folders.NONE else ()
+    if items and text.strip():
+        raise WanLiteError("There are prompts, and a folder whose captions are prompts.", "Each picture belongs to its own caption.",
+                           "Empty the prompts and set prompt_file to none, or choose no folder.")
+    negative = negative or (stored[1] if stored else NEGATIVE)
+    if stored is not None and not text.strip() and not items:
+        return stored[0], negative, items
+    listed = tuple(item.caption for item in items) if items else parse_prompts(text)
+    return tuple(template.replace("{prompt}", prompt) for prompt in listed), negative, items
+
+
+def _no_encoder(missing: Sequence[str]) -> WanLiteError:
+    return WanLiteError(f"{len(missing)} texts are in no bank (first: {missing[0][:60]!r}) and no CLIP is connected.", "",
+                        "Connect WAN's text encoder, or choose a bank that holds these prompts and this negative prompt.")
 
 
 Gathered = tuple[PromptBank, Any, str]          # the prompts, the LATENT to distil at, a report
@@ -109,13 +140,22 @@ def _staged(name: str, work: Generator[int, None, Any], total: int) -> Generator
 
 def _encoder(wanted: Wanted, vae: Any, clip_vision: Any, latent: Any, show: str) -> Encoder | None:
     """None where there are no pictures, or their captions alone are wanted."""
-    lacking = [name for name, given in (("WAN's VAE", vae), ("a LATENT, which tells size and length,", latent)) if given is None]
+    lacking = {name for name, given in (("vae", vae), ("latent", latent)) if given is None}
     if wanted.items and not lacking:
+        size_of(latent)                 # refused here, before a text is encoded
+        check_vae(vae, latent["samples"].shape[1])
         return Encoder(vae=vae, clip_vision=clip_vision, latent=latent, show=show)
     if wanted.items and show != NOTHING:
-        raise WanLiteError(f"The folder's pictures are to be shown, and {' and '.join(lacking)} is not connected.", "",
-                           f"Connect it, or choose '{NOTHING}' to use the captions alone.")
+        _check_parts(lacking)
     return None
+
+
+def _check_parts(lacking: Collection[str]) -> None:
+    """Raises WanLiteError when something to encode pictures with is missing."""
+    told = [words for name, words in (("vae", "WAN's VAE"), ("latent", "a LATENT, which tells size and length,")) if name in lacking]
+    if told:
+        raise WanLiteError(f"The folder's pictures are to be shown, and {' and '.join(told)} is not connected.", "",
+                           f"Connect it, or choose '{NOTHING}' to use the captions alone.")
 
 
 def check_alone(prompts: str, prompt_file: str, bank: str, folder: str) -> None:

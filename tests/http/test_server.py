@@ -21,6 +21,23 @@ def test_the_server_knows_the_packs_nodes(server):
     assert "WanLiteDistill" in ours and all(name.startswith("WanLite") for name in ours)
 
 
+def test_the_server_hands_out_the_packs_texts_in_english_and_chinese(server):
+    english, chinese = (server.translations()[language] for language in ("en", "zh"))
+    ours = {name for name in server.object_info() if name.startswith("WanLite")}
+    assert english["nodeDefs"].keys() == chinese["nodeDefs"].keys() == ours
+    one, other = (told["nodeDefs"]["WanLiteDistill"]["inputs"]["steps"] for told in (english, chinese))
+    assert one["tooltip"] == server.object_info()["WanLiteDistill"]["input"]["required"]["steps"][1]["tooltip"]
+    assert other["name"] == "训练步数" and chinese["nodeCategories"] == {"WanLite": "WanLite 蒸馏"}
+
+
+def test_what_widgets_alone_decide_is_refused_by_the_server_in_one_sentence(server):
+    graph = {"1": {"class_type": "WanLiteLoadTeacher", "inputs": {"name": "gone.safetensors"}},
+             "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 1]}}}
+    with pytest.raises(ServerError, match=r"WanLiteLoadTeacher \(node 1\).*gone.safetensors is not in ComfyUI's model folders any more") as refused:
+        server.queue(graph)
+    assert str(refused.value).count("gone.safetensors") == 1
+
+
 def test_a_graph_runs_and_its_events_arrive(server):
     prompt_id = server.queue(text_graph("events"))
     seen = [event["type"] for event in server.events(prompt_id)]

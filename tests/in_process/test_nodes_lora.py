@@ -114,12 +114,10 @@ def test_many_at_once_by_name_and_by_pattern(model, loras, saved, remap, pack):
     assert report.count("Verified") == 3 and "Left out: sdxl.safetensors is no LoRA for the teacher" in report
     node = pack("nodes.lora").WanLiteRemapLoRA
     given = {"student": None, "lora": "one.safetensors", "more": "styles/*", "suffix": "-wanlite", "overwrite": False}
-    before, check = node.fingerprint_inputs(**given), node.validate_inputs
+    before = node.fingerprint_inputs(**given)
     assert before == node.fingerprint_inputs(**given)
     save_file(lora_for(model, rank=5), loras / "styles/two.safetensors")
     assert before != node.fingerprint_inputs(**given)                       # the node runs again when one of its files was changed
-    assert check(more="styles/*", suffix="-b") is True
-    assert "'nothing*'" in check(more="styles/*\nnothing*", suffix="-b") and "cannot be a LoRA's name" in check(more="", suffix="/../b")
 
 
 def refusals():

@@ -53,7 +53,6 @@ def test_only_missing_texts_are_encoded(node, bank_file):
 def test_our_own_lists_are_offered_and_can_be_encoded(node):
     (files,) = [widget.options for widget in node.GET_SCHEMA().inputs if widget.id == "prompt_file"]
     assert {"WanLite/video.txt", "WanLite/image.txt"} <= set(files)
-    assert node.validate_inputs(prompt_file="WanLite/video.txt") is True
     clip = TextEncoder()
     bank, *_ = call(node, clip=clip, prompt_file="WanLite/video.txt")
     assert len(bank) >= 96 and len(set(bank.prompts)) == len(bank.prompts) and all(20 < len(prompt) < 200 for prompt in bank.prompts)
@@ -64,7 +63,6 @@ def test_a_template_is_put_around_each_typed_prompt(node, bank_file):
     bank, *_ = call(node, clip=clip, prompts="a cat\na dog", template="ohwx style, {prompt}")
     assert bank.prompts == ("ohwx style, a cat", "ohwx style, a dog")
     assert call(node, bank=bank_file, template="ohwx style, {prompt}")[0].prompts == random_bank(3).prompts
-    assert "has no {prompt} in it" in node.validate_inputs(template="ohwx style")
 
 
 @pytest.mark.parametrize("count, words", [(2, "too few"), (9, "are few"), (24, None)])
@@ -121,15 +119,3 @@ def test_wrong_inputs_get_a_sentence_and_change_nothing(what, comfyui, node, ref
     with refused(words):
         call(node, **given)
     assert tree(comfyui.base) == before
-
-
-def test_files_that_are_gone_are_refused_before_the_queue(comfyui, node, bank_file):
-    assert node.validate_inputs(bank=bank_file, prompt_file="none", save_as="") is True
-    assert "gone.safetensors is not there" in node.validate_inputs(bank="gone.safetensors", prompt_file="none")
-    assert "gone.txt is not there" in node.validate_inputs(bank="none", prompt_file="gone.txt")
-
-
-def test_a_hostile_name_is_refused_before_the_queue(node):
-    assert node.validate_inputs(save_as="fine") is True
-    for name in ("../up", "a/b", "a\\b", "CON", "dot."):
-        assert "cannot be a bank's name" in node.validate_inputs(save_as=name)

@@ -1,6 +1,7 @@
 """What every node declares: numbers that can be typed, outputs that say what they are, and reports that can be read."""
 import asyncio
 import logging
+import re
 from decimal import Decimal
 
 import pytest
@@ -37,9 +38,48 @@ def test_small_values_of_the_recipe_can_be_typed(widget, sensible, schemas):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_everything_on_a_node_says_what_it_is(name, schemas):
+def test_everything_on_a_node_says_what_it_is_in_a_few_lines(name, schemas):
     for socket in (*schemas[name].inputs, *schemas[name].outputs):
-        assert len(socket.tooltip or "") > 10, socket
+        assert 10 < len(socket.tooltip or "") <= 260, (socket.id, len(socket.tooltip or ""))
+
+
+# What each number counts, as its tooltip has to say, and the most that it may be: a slider to a million minutes is none.
+UNITS = {"steps": 1_000_000, "minutes": 31 * 24 * 60, "cfg": 30, "GiB": 100_000, "share": 1, "sigma": 1, "blocks": 100, "neurons": 2**16, "rank": 1024,
+         "states": 256, "times": 200, "number": 10_000, "seed": 2**31 - 1, "rate": 0.1, "norm": 1000}
+COUNTS = {
+    "EncodePrompts": {"preview": "number"},
+    "CreateStudent": {"block_steps": "steps", "cfg": "cfg", "depth": "blocks", "ffn_dim": "neurons", "probe_seed": "seed"},
+    "Recipe": {"rank": "rank", "student_steps": "steps", "own_states": "share", "learning_rate": "rate", "batch_size": "states", "warmup": "steps",
+               "max_grad_norm": "norm", "weight_decay": "share", "ema_decay": "share", "teacher_steps": "steps", "renoised": "share", "full_range": "share",
+               "evaluations": "times", "save_every": "minutes", "swapped_blocks": "blocks", "boundary": "sigma",
+               **dict.fromkeys(("gpu_gib", "ram_gib", "disk_gib", "cache_gib", "runs_gib"), "GiB")},
+    "Distill": {"minutes": "minutes", "cfg": "cfg", "steps": "steps", "train_seed": "seed"},
+    "Compare": {"clips": "number", "noise_number": "seed", "boundary": "sigma", **{f"{who}_steps": "steps" for who in ("student", "teacher", "third")},
+                **{f"{who}_cfg": "cfg" for who in ("student", "teacher", "third")}}}
+CHOICE = re.compile(r"\d\S* (to|or) |GiB|sigma|seed|counted from", re.IGNORECASE)        # a range, or a number to choose
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_number_says_what_it_counts_and_what_to_choose_and_ends_where_sense_does(name, schemas):
+    numbers = {widget.id: widget for widget in schemas[name].inputs if widget.io_type in ("INT", "FLOAT")}
+    assert set(numbers) == set(COUNTS.get(name, ()))
+    for key, widget in numbers.items():
+        unit = COUNTS[name][key]
+        assert re.search(rf"\b{unit}", widget.tooltip, re.IGNORECASE) and CHOICE.search(widget.tooltip), (key, widget.tooltip)
+        assert widget.min <= widget.default <= widget.max <= UNITS[unit], key
+
+
+# What a user decides stands first: the preset, then what is touched each time, then the rest.
+FIRST = {"EncodePrompts": ["prompts", "prompt_file", "negative"], "CreateStudent": ["preset", "block_steps", "cfg"],
+         "Distill": ["preset", "run_name", "minutes", "cfg"], "SaveStudent": ["name", "format", "dtype"], "Compare": ["clips", "student_steps", "student_cfg"],
+         "RemapLoRA": ["lora"], "Recipe": ["objective", "rank"]}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_what_a_user_decides_stands_first_and_has_a_default(name, schemas):
+    widgets = [widget for widget in schemas[name].inputs if widget.io_type in ("INT", "FLOAT", "STRING", "COMBO", "BOOLEAN")]
+    assert [widget.id for widget in widgets][:len(FIRST[name])] == FIRST[name]
+    assert [widget.id for widget in widgets if widget.default is None] == (["lora"] if name == "RemapLoRA" else [])
 
 
 def test_what_works_for_minutes_can_be_queued_alone(schemas):

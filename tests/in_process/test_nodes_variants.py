@@ -49,7 +49,8 @@ def encoded(kind, pack):
 
 class Pixels:
     """Stands for both VAEs: latents as they are."""
-    latent_channels = 16
+    def __init__(self, kind):
+        self.latent_channels = channels(kind)
 
     def decode(self, latents):
         return latents[:, :3].movedim(1, -1).sigmoid()
@@ -63,14 +64,14 @@ def test_a_student_comes_out_that_stock_nodes_sample(comfyui, kind, model, encod
     assert len(start.plan.keep) == 3
     recipe = {"learning_rate": 5e-4, "optimizer": "AdamW", "teacher_steps": 4, "batch_size": 4, "evaluations": 2, "ema_decay": 0.5, "own_states": 0.3, "renoised": 0.3}
     given = {"model": model, "prompts": bank, "latent": latent, "cfg": 2.0, "steps": 20, "recipe": recipe}
-    student, trained, _, report, _ = call(pack("nodes.distill").WanLiteDistill, student=start, preset="slim", run_name=f"slim {kind}", vae=Pixels(),
+    student, trained, _, report, _ = call(pack("nodes.distill").WanLiteDistill, student=start, preset="slim", run_name=f"slim {kind}", vae=Pixels(kind),
                                               **given, **expert)
     assert student.card.measured["held_out_error"] < 0.9 * student.card.measured["plain_cut_error"], report
     file, report = call(pack("nodes.student").WanLiteSaveStudent, student=student, name=f"saved {kind}", dtype="fp32")[:2]
     assert "; verified: ComfyUI's Load Diffusion Model opened it" in report
     again, opened = call(pack("nodes.student").WanLiteLoadStudent, name=file)
     assert again.config.to_json() == student.config.to_json() and again.config.model_type == KINDS[kind]["model_type"]
-    images, told, *_ = call(pack("nodes.compare").WanLiteCompare, teacher=model, student=opened, prompts=bank, vae=Pixels(), latent=latent,
+    images, told, *_ = call(pack("nodes.compare").WanLiteCompare, teacher=model, student=opened, prompts=bank, vae=Pixels(kind), latent=latent,
                             teacher_steps=4, teacher_cfg=2.0, student_steps=4, clips=2, **expert)
     assert torch.isfinite(images).all() and "times as fast" in told
     x = torch.randn(1, channels(kind), 3, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -18,14 +18,14 @@ class Preset:
 
 
 PRESETS = {
-    "no-cfg": Preset(told="answers as the guided teacher does at cfg 1, in half the time; a LoRA",
+    "no-cfg": Preset(told="cfg 1, so half the forwards (a LoRA)",
                      recipe=Recipe(rank=32, learning_rate=1e-4, renoised=0.7)),
-    "slim": Preset(told="heals a student with fewer blocks, which then runs at cfg 1",
+    "slim": Preset(told="fewer blocks, cfg 1",
                    recipe=Recipe(optimizer="Muon", learning_rate=5e-5, renoised=0.7)),
-    "few-step 8": Preset(told="8 steps at cfg 1; a LoRA", recipe=Recipe(objective="trajectory", rank=64, student_steps=8, teacher_steps=16, own_states=0.5)),
-    "few-step 4": Preset(told="4 steps at cfg 1; a LoRA", recipe=Recipe(objective="trajectory", rank=64, student_steps=4, teacher_steps=12, own_states=0.5)),
-    "image": Preset(told="text to image, for a LATENT of one frame: 8 steps at cfg 1, all weights trained, so that the student may have fewer blocks",
+    "few-step 8": Preset(told="8 steps, cfg 1 (a LoRA)", recipe=Recipe(objective="trajectory", rank=64, student_steps=8, teacher_steps=16, own_states=0.5)),
+    "few-step 4": Preset(told="4 steps, cfg 1 (a LoRA)", recipe=Recipe(objective="trajectory", rank=64, student_steps=4, teacher_steps=12, own_states=0.5)),
+    "image": Preset(told="one frame, 8 steps, cfg 1",
                     frames=1, recipe=Recipe(objective="trajectory", optimizer="Muon", learning_rate=5e-5, student_steps=8, teacher_steps=16, own_states=0.5)),
-    "keep-cfg": Preset(told="heals a student that goes on running with cfg and a negative prompt", fold_guidance=False,
+    "keep-cfg": Preset(told="fewer blocks, cfg and negative prompt as before", fold_guidance=False,
                        recipe=Recipe(optimizer="Muon", learning_rate=5e-5, renoised=0.7)),
 }

@@ -47,13 +47,19 @@ class Stated:
                 raise WanLiteError(f"{what} is {value[:LONGEST]!r}, which is no name.", "The model card travels with the student, and a path would too.", fix)
 
 
+def card_files(name: str, stated: Stated, *, config: WanConfig, card: StudentCard | None, layout: str, dtype: torch.dtype | None) -> dict[str, bytes | None]:
+    """{file name: its content} of README.md and the picture, which is None without one, of a student called `name`."""
+    text = model_card(name, stated, config=config, card=card, layout=layout, dtype=dtype)
+    return {CARD_FILE: text.encode("utf-8"), PICTURE_FILE: stated.picture or None}
+
+
 def write_card(folder: Path, stated: Stated | None, *, config: WanConfig, card: StudentCard | None, layout: str, dtype: torch.dtype | None) -> None:
     """README.md and the picture, where the user's statements are asked for."""
     if stated is None:
         return
-    (folder / CARD_FILE).write_text(model_card(folder.name, stated, config=config, card=card, layout=layout, dtype=dtype), encoding="utf-8")
-    if stated.picture:
-        (folder / PICTURE_FILE).write_bytes(stated.picture)
+    for name, content in card_files(folder.name, stated, config=config, card=card, layout=layout, dtype=dtype).items():
+        if content:
+            (folder / name).write_bytes(content)
 
 
 def model_card(name: str, stated: Stated, *, config: WanConfig, card: StudentCard | None, layout: str, dtype: torch.dtype | None) -> str:

@@ -55,8 +55,8 @@ def write_student(destination: Path, *, config: WanConfig, tensors: Iterable[tup
             return write_model(new, wan_shapes(config), tensors, dtype, header(said))
         new.mkdir()
         size = write_model(new / MODEL_FILE, wan_shapes(config), tensors, dtype, header(said))
-        write_text_json(new / "config.json", {**config.to_json(), "image_size": image_size, "_wanlite": said})
-        write_text_json(new / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(wan_shapes(config), MODEL_FILE)})
+        for name, text in texts_of(layout, config, said, size, image_size).items():
+            write_text_json(new / name, text)
         if graph:
             write_text_json(new / workflow.name, graph)
         write_card(new, stated, config=config, card=card, layout=layout, dtype=dtype)
@@ -84,14 +84,24 @@ def write_diffusers(destination: Path, *, config: WanConfig, tensors: Iterable[t
         new.mkdir()
         size = write_model(new / DIFFUSERS_FILE, {names[name]: shape for name, shape in wan_shapes(config).items()},
                            ((names.get(name, name), tensor) for name, tensor in tensors), dtype, header(said))
-        write_text_json(new / "config.json", {"_class_name": "WanTransformer3DModel", **config.to_diffusers(), "qk_norm": "rms_norm_across_heads",
-                                              "_wanlite": said})
+        for name, text in texts_of("diffusers folder", config, said, size).items():
+            write_text_json(new / name, text)
         write_card(new, stated, config=config, card=card, layout="diffusers folder", dtype=dtype)
         return size
 
     size, verified = put(destination, write, verify)
     return SaveReport(path=destination, file=destination / DIFFUSERS_FILE, bytes=size, verified=verified,
                       sentence=saved(destination.name, config, size, verified))
+
+
+def texts_of(layout: str, config: WanConfig, said: Mapping[str, Any], size: int, image_size: Any = None) -> dict[str, Any]:
+    """{name: what is in it} of the JSON texts that a folder's readers ask for; of what is one file, none. said: of provenance. size: bytes of the weights."""
+    if layout == "folder":
+        return {"config.json": {**config.to_json(), "image_size": image_size, "_wanlite": said},
+                INDEX_FILE: {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(wan_shapes(config), MODEL_FILE)}}
+    if layout == "diffusers folder":
+        return {"config.json": {"_class_name": "WanTransformer3DModel", **config.to_diffusers(), "qk_norm": "rms_norm_across_heads", "_wanlite": said}}
+    return {}
 
 
 def save_lora(destination: Path, lora: Lora, *, dtype: torch.dtype = torch.bfloat16, card: StudentCard | None = None,
