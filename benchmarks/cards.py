@@ -1,6 +1,7 @@
 """Which job fits which card: every preset on WAN's sizes, from the same prediction that a job makes before its first step.
 
-    python -m benchmarks.cards
+    python -m benchmarks.cards                  the table of README's sizes
+    python -m benchmarks.cards --templates      the jobs of example_workflows/, whose notes tell these numbers
 
 Nothing is trained; it runs anywhere. Clips are of 832 x 480 and 17 frames (one for 'image'), 24 prompts and 1000 steps.
 A student to be cut has two thirds of the blocks. A card has a GiB less than its name, for the desktop and for CUDA itself; the computer has 64 GB.
@@ -8,7 +9,9 @@ What `python -m benchmarks.memory --cap` measured on a card made to look that sm
 """
 from __future__ import annotations
 
+import argparse
 import math
+from dataclasses import replace
 from itertools import zip_longest
 
 import torch
@@ -34,10 +37,19 @@ MEASURED = {("no-cfg", "1.3B", 8): "6.0 C", ("no-cfg", "1.3B", 12): "6.0 C", ("n
 RATE = 100e12                           # operations a second of a matrix product, that hours are told for
 TEXT = torch.ones(64, TEXT_DIM)         # a prompt's tokens
 BANK = PromptBank(prompts=("",), contexts=(TEXT,), negative_text="", negative=TEXT)
+TEMPLATES = {       # preset, WAN, blocks that are kept, latents, and what the note says to change
+    "A14B, each expert": ("no-cfg", "14B", 30, (FRAMES, HEIGHT // 8, WIDTH // 8), {}),
+    "4 steps": ("few-step 4", "14B", 40, (FRAMES, HEIGHT // 8, WIDTH // 8), {}),
+    "4 steps, batch_size 1": ("few-step 4", "14B", 40, (FRAMES, HEIGHT // 8, WIDTH // 8), {"batch_size": 1}),
+    "image": ("image", "1.3B", 20, (1, 80, 80), {})}
 LETTERS = {"checkpointing": "C", "checkpoints_on_cpu": "O", "frozen_float8": "F", "optimizer_8bit": "8", "gradient_release": "G"}
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--templates", action="store_true", help="the jobs of example_workflows/")
+    if parser.parse_args().templates:
+        return of_templates()
     print(f"| preset | model | {' | '.join(f'{card} GB' for card in CARDS)} | disk, GB | hours at {RATE / 1e12:.0f} TFLOP/s |")
     print("|---|---|" + "---|" * (len(CARDS) + 2))
     for name, preset in PRESETS.items():
@@ -50,6 +62,17 @@ def main() -> None:
             cells = [f"{cell}, **{MEASURED[name, size, card]}**" if (name, size, card) in MEASURED else cell
                      for cell, card in zip_longest(row(job, teacher, student), CARDS)]
             print(f"| {name} | {size} | {' | '.join(cells)} |", flush=True)
+
+
+def of_templates() -> None:
+    print(f"| template | {' | '.join(f'{card} GB' for card in CARDS)} | disk, GB | hours at {RATE / 1e12:.0f} TFLOP/s |")
+    print("|---|" + "---|" * (len(CARDS) + 2))
+    for name, (preset, size, blocks, shape, changes) in TEMPLATES.items():
+        teacher, chosen = SIZES[size], PRESETS[preset]
+        student = teacher.resized(num_layers=blocks, ffn_dim=teacher.ffn_dim)
+        job = DistillJob(student="", teacher="", prompts="", shape=(teacher.out_dim, *shape), shift=5.0, steps=STEPS,
+                         recipe=replace(chosen.recipe, **changes), fold_guidance=chosen.fold_guidance)
+        print(f"| {name} | {' | '.join(row(job, teacher, student))} |", flush=True)
 
 
 def row(job: DistillJob, teacher: WanConfig, student: WanConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""A saved workflow, run by ComfyUI's own nodes in this process."""
+"""A saved workflow: run by ComfyUI's own nodes in this process, and where its nodes lie."""
 import torch
 
 from demo.graph import to_api
@@ -33,3 +33,18 @@ def _run(kind, node_classes, stand_ins, given):
     if hasattr(node, "GET_SCHEMA"):
         return node.PREPARE_CLASS_CLONE({}).EXECUTE_NORMALIZED(**given).result
     return getattr(node(), node.FUNCTION)(**given)
+
+
+def box(node):
+    """[x, y, width, height] of a saved node on the canvas, with its title."""
+    (x, y), (width, height) = node["pos"], node["size"]
+    return [x, y - 30, width, height + 30]
+
+
+def nodes_in(group, workflow):
+    """The nodes that lie in a group of a saved workflow, below its title."""
+    left, top, width, height = group["bounding"]
+    for node in workflow["nodes"]:
+        x, y, wide, tall = box(node)
+        if left < x and top + 34 < y and x + wide < left + width and y + tall < top + height:
+            yield node
