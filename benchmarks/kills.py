@@ -15,7 +15,7 @@ import json
 import os
 import random
 import signal
-import subprocess
+import subprocess  # nosec B404  # starts runs to kill them, without a shell
 import sys
 import tempfile
 import time
@@ -184,7 +184,7 @@ def _wait(session: Session, watched: Watched, kill: Kill, before: Mapping[str, i
                 break
             session.process.send_signal(signal.SIGCONT)
         if session.process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"{kill} never came: {watched.now(before)}, {watched.done(before)}.\n{session.log.read_text(errors='replace')[-2000:]}")
+            raise RuntimeError(f"{kill} never came: {watched.now(before)}, {watched.done(before)}.\n{session.log.read_text(encoding='utf-8', errors='replace')[-2000:]}")
         time.sleep(pause)
     if kill.delay:
         session.process.send_signal(signal.SIGCONT)
@@ -249,10 +249,10 @@ def planned(kills: int, answers: int, steps: int, draw: random.Random) -> list[t
 
 def command(folder: Path) -> Session:
     """Goes on with the run without ComfyUI, and without a teacher."""
-    log = folder.with_name(f"{folder.name}.log")
-    with log.open("w") as out:
-        return Session(log=log, process=subprocess.Popen([sys.executable, "-m", "wanlite_model", "run", str(folder)], cwd=ROOT, env={**os.environ, **PATIENT},
-                                                         stdout=out, stderr=subprocess.DEVNULL))
+    log, run = folder.with_name(f"{folder.name}.log"), [sys.executable, "-m", "wanlite_model", "run", str(folder)]
+    with log.open("wb") as out:
+        going = subprocess.Popen(run, cwd=ROOT, env={**os.environ, **PATIENT}, stdout=out, stderr=subprocess.DEVNULL)  # nosec B603  # no shell
+    return Session(log=log, process=going)
 
 
 def graph(comfyui: Path, base: Path) -> Session:
@@ -324,7 +324,7 @@ def table(strikes: Sequence[tuple[str, Found]]) -> str:
 
 def measure(home: Path, kills: int, seed: int) -> tuple[list[tuple[str, Found]], list[str]]:
     """(door, what was found) of each kill, and in which files the two runs differ."""
-    comfyui, draw = find_comfyui(), random.Random(seed)
+    comfyui, draw = find_comfyui(), random.Random(seed)     # nosec B311  # the same kills for the same seed
     straight, killed = home / "straight", home / "killed"
     for base in (straight, killed):
         put_files(base)

@@ -60,7 +60,8 @@ def measure(kind: str, file: Path, custom_node: Path) -> list[float]:
 
 def largest(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """The largest difference of any tensor, as a share of the largest value in it."""
-    assert found.keys() == expected.keys()
+    if found.keys() != expected.keys():
+        raise RuntimeError(f"Not in both: {sorted(found.keys() ^ expected.keys())[:5]}")
     return max(float((found[name].float() - value.float()).abs().max() / value.float().abs().max()) for name, value in expected.items())
 
 

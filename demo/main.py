@@ -14,19 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from wanlite_model.files import read_json, write_json
-from wanlite_model.prompts import PromptBank
 
-from . import domain, words
 from .comfy_path import ROOT, put_comfyui_first
 from .comfy_server import ComfyServer, running_comfyui
 from .graph import to_api
 from .measure import TEACHER, VAE
+from .tiny import bank, place
 from .workflows import BANK, STUDENT, TINY
 
 OUTPUT = ROOT / "output" / "demo"
 BASE = OUTPUT / "comfyui"                   # the server's own models/, input/, output/
 CUT, STAMP = "wan_tiny_plain_cut", "made_from.txt"
-BANK_PROMPTS = 120                          # all that the teacher was trained on
 MINUTES = 10                                # reported and not held against: how fast a machine is shows nothing of the student
 
 
@@ -73,22 +71,9 @@ def made_from() -> str:
     return digest.hexdigest()
 
 
-def bank() -> PromptBank:
-    """Prompts that are spread over those the teacher was trained on, encoded."""
-    trained_on = domain.training_prompts()
-    prompts = trained_on[::len(trained_on) // BANK_PROMPTS][:BANK_PROMPTS]
-    return PromptBank(prompts=tuple(prompts), contexts=tuple(words.embed(prompt) for prompt in prompts), negative_text=domain.NEGATIVE,
-                      negative=words.context([domain.NEGATIVE])[0, :1])
-
-
 def prepare(base: Path) -> None:
     """Puts the demo's files where the shipped graph looks for them. What an earlier demo made stays: queueing again is quick."""
-    for source, folder in ((TEACHER, "diffusion_models"), (VAE, "vae")):
-        target = base / "models" / folder / source.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
-    (base / "input").mkdir(parents=True, exist_ok=True)
-    bank().save(base / "input" / BANK)
+    place(base)
     (base / STAMP).write_text(made_from(), encoding="utf-8")
 
 

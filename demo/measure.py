@@ -62,7 +62,7 @@ def measure_judge(vae: Vae, count: int = 288) -> list[str]:
     prompts = [domain.all_prompts()[i % 144] for i in range(count)]
     clips = torch.stack([torch.from_numpy(domain.render(prompt, 2_000_000 + i)) for i, prompt in enumerate(prompts)])
     decoded = vae.decode(vae.encode(clips))
-    shuffled = random.Random(1).sample(prompts, len(prompts))
+    shuffled = random.Random(1).sample(prompts, len(prompts))      # nosec B311  # the same order each time
     return [f"judge, true prompts     {summary(verdicts(decoded.numpy(), prompts))}",
             f"judge, shuffled prompts {summary(verdicts(decoded.numpy(), shuffled))}; chance is {1 / 144:.3f}",
             f"round trip              {10 * math.log10(1 / (decoded - clips).square().mean().item()):.1f} dB PSNR"]

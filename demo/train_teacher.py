@@ -133,7 +133,7 @@ def fresh_teacher(world: World) -> WanLiteStudent:
 
 def _train_step(model, optimizers, latents, captions: Captions, shift: float, recipe: Recipe, step: int,
                 workers: Workers) -> float:
-    rng = random.Random(f"{recipe.seed}/{step}")        # the batch, the captions and the noise follow from the step
+    rng = random.Random(f"{recipe.seed}/{step}")        # nosec B311  # the batch, the captions and the noise follow from the step
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
     clips = [rng.randrange(len(latents)) for _ in range(recipe.batch)]
     x0 = latents[clips]                                                                 # [B, C, T, H, W]

@@ -48,7 +48,7 @@ class World:
     def pairs(self, count: int, first: int = 0) -> list[tuple[str, torch.Tensor]]:
         """`count` fixed prompts and noises [C, T, H, W] from number `first` on: what a KSampler with seed i starts from for pair i."""
         prompts = list(self.prompts)
-        random.Random(0).shuffle(prompts)
+        random.Random(0).shuffle(prompts)       # nosec B311  # the same order each time
         return [(prompts[i % len(prompts)], torch.randn(self.latents, generator=torch.Generator().manual_seed(i)))
                 for i in range(first, first + count)]
 

@@ -35,11 +35,12 @@ class Case:
 
     def drawn(self, targets: tuple[Target, ...] = TARGETS) -> tuple[random.Random, Mutation, str, Target]:
         """(how it goes on, the mutation, the kind of original, who reads it). Each mutation comes up in turn."""
-        order = random.Random(self.seed).sample(MUTATIONS, len(MUTATIONS))
-        draw = random.Random(f"{self.seed} {self.number}")
+        order = random.Random(self.seed).sample(MUTATIONS, len(MUTATIONS))      # nosec B311  # drawn alike in every process
+        draw = random.Random(f"{self.seed} {self.number}")                      # nosec B311  # the same
         mutation = order[self.number % len(order)]
         kind = draw.choice(mutation.kinds)
-        reader = random.Random(f"{self.seed} {self.number} reader")             # of its own: with or without ComfyUI the same is spoiled
+        # Of its own: with or without ComfyUI the same is spoiled.
+        reader = random.Random(f"{self.seed} {self.number} reader")             # nosec B311  # the same
         return draw, mutation, kind, reader.choice([target for target in targets if kind in target.kinds])
 
 

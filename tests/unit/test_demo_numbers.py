@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from demo import main
+from demo import main, tiny
 from demo.comfy_path import ROOT
 from demo.compare import PAIRS, Row, promises
 
@@ -38,7 +38,7 @@ def test_another_graph_other_prompts_or_other_code_make_another_demo(tmp_path, m
     (tmp_path / "wanlite_model" / "flow.py").write_text("SHIFT = 1", encoding="utf-8")
     before = main.made_from()
     assert main.made_from() == before
-    monkeypatch.setattr(main, changed, {"BANK_PROMPTS": 39, "TINY": main.VAE, "ROOT": tmp_path}[changed])
+    monkeypatch.setattr(tiny if changed == "BANK_PROMPTS" else main, changed, {"BANK_PROMPTS": 39, "TINY": main.VAE, "ROOT": tmp_path}[changed])
     assert main.made_from() != before
 
 

@@ -67,7 +67,7 @@ def test_diffusers_would_change_transformers_4s_pins_and_is_therefore_only_an_ex
 
 @pytest.mark.parametrize("version", ["3.10", "3.13"])
 def test_every_small_package_that_run_py_installs_exists_for_python(version, tmp_path):
-    pins = [Requirement(pin) for pin in (*set_up.CLIENT, *set_up.TEST, *set_up.TEST_WITHOUT_DEPENDENCIES, set_up.COMFYUI_PACKAGE)]
+    pins = [Requirement(pin) for pin in (*set_up.CLIENT, *set_up.TEST, *set_up.TEST_WITHOUT_DEPENDENCIES, *set_up.PROGRAMS, set_up.COMFYUI_PACKAGE)]
     # pip would evaluate the markers for the Python that runs it.
     wanted = [f"{pin.name}{pin.specifier}" for pin in pins if not pin.marker or pin.marker.evaluate({"python_version": version})]
     assert len({Requirement(line).name for line in wanted}) == len(wanted) == len({pin.name for pin in pins})

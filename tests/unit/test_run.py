@@ -109,6 +109,22 @@ def test_an_interrupted_environment_is_made_again(script, home):
     script.install_layer("comfyui", "wanted", [("--no-such-option",)])  # already there: pip does not run
 
 
+def test_the_environment_of_the_tests_programs_is_never_somebody_elses_and_never_an_older_ones(script, monkeypatch):
+    script.VENV.mkdir()
+    script.write_json(script.VENV_STAMP, {"tests": "wanted"})
+    (script.VENV / "pyvenv.cfg").write_text("version = 3.11.7", encoding="utf-8")
+    script.TOOLS.mkdir()
+    with pytest.raises(script.SetupError, match="venv-tools was not made by this script"):
+        script.prepare_programs()
+    made = []
+    monkeypatch.setattr(script, "start", lambda command, **options: made.append(command) or 1)
+    script.write_json(script.TOOLS / script.STAMP, {"programs": "of an older set"})
+    (script.TOOLS / "older.py").write_text("", encoding="utf-8")
+    with pytest.raises(script.SetupError, match="Making the Python environment"):       # with .venv's Python, whose packages it is to see
+        script.prepare_programs()
+    assert not (script.TOOLS / "older.py").exists() and made == [[str(script.python_of(script.VENV)), "-m", "venv", str(script.TOOLS)]]
+
+
 def test_a_comfyui_of_an_older_package_is_replaced(script):
     make_comfyui(script.COMFYUI)
     script.write_json(script.COMFYUI_STAMP, {"package": script.COMFYUI_PACKAGE})
