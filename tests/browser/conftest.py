@@ -1,46 +1,67 @@
-"""A real ComfyUI server with the pack in its custom_nodes, and its page in a real Chromium."""
-import shutil
-from collections.abc import Iterator
+"""A real ComfyUI server with the pack in its custom_nodes, and its page in a real Chromium: the page that comes with it, and the newest one."""
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from helpers_page import Graph, put_files
+from playwright.sync_api import Browser, BrowserContext, Page, expect
 
+from demo.browser import been_here_before, chromium
 from demo.comfy_server import ComfyServer, running_comfyui
-from wanlite_model.files import write_json
+from run import NEWEST_PAGE
 
 PATIENCE = 120_000      # milliseconds
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+PAGES = {"own page": (), "newest page": ("--front-end-root", str(NEWEST_PAGE))}
 
 
-@pytest.fixture(scope="module")
-def server(comfyui_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """The running server. Its user has been here before: ComfyUI greets a new one with a list of templates over the canvas."""
-    base = tmp_path_factory.mktemp("browser")
-    settings = base / "user" / "default" / "comfy.settings.json"
-    settings.parent.mkdir(parents=True)
-    write_json(settings, {"Comfy.TutorialCompleted": True})
-    with running_comfyui(comfyui_folder, base, ("--cpu",)) as running:
+@pytest.fixture(scope="package")
+def servers(comfyui_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], ComfyServer]]:
+    """servers("newest page") is the running server of that page, with the files of put_files; each is started once."""
+    with ExitStack() as stack:
+        @functools.cache
+        def running(name: str) -> ComfyServer:
+            base = tmp_path_factory.mktemp("browser")
+            been_here_before(base)
+            server = stack.enter_context(running_comfyui(comfyui_folder, base, ("--cpu", *PAGES[name])))
+            put_files(base)
+            return server
+
         yield running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(params=list(PAGES))
+def server(request: pytest.FixtureRequest, servers: Callable[[str], ComfyServer]) -> ComfyServer:
+    return servers(request.param)
+
+
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     """For these tests only: while Playwright runs, asyncio does not in this thread."""
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        pytest.fail("The tests of the page need Chromium or Chrome, and none is on the PATH. On Debian and Ubuntu: apt-get install chromium")
     expect.set_options(timeout=PATIENCE)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    """An empty page of a browser that remembers nothing."""
-    page = browser.new_page(viewport={"width": 1800, "height": 1100})
-    page.set_default_timeout(PATIENCE)
-    yield page
-    page.close()
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    """A browser that remembers nothing."""
+    context = browser.new_context(viewport={"width": 1800, "height": 1100})
+    context.set_default_timeout(PATIENCE)
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def page(context: BrowserContext) -> Page:
+    """An empty page."""
+    return context.new_page()
+
+
+@pytest.fixture(params=[False, True], ids=["canvas", "vue"])
+def graph(request: pytest.FixtureRequest, page: Page, server: ComfyServer) -> Iterator[Graph]:
+    """What a user has before them, with the nodes that a canvas draws and with Vue's. Nothing that it queued goes on afterwards."""
+    graph = Graph(page, server, request.param)
+    yield graph
+    graph.end()

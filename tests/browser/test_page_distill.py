@@ -1,118 +1,189 @@
-"""A distillation as a user sees it: Run, Cancel and Finish now are pressed in ComfyUI's own page, and every Run goes on where the last one stopped.
+"""A distillation as a user sees it, in ComfyUI's own page: every page under test with the nodes that a canvas draws, and with Vue's.
 
 Pictures of the page lie in the test's folder.
 """
 import json
-import time
+import re
 
 import pytest
-from helpers_tiny import random_bank, random_wan
+from helpers_page import BANK, DISTILL, RECIPE, STEPS, TEACHER, look_at_distill, small_graph, steps_of
 from playwright.sync_api import expect
-from safetensors.torch import save_file
 
-from demo.main import prepare
-from demo.workflows import SETTINGS, TINY, build
+from wanlite_model.files import write_json
 
-STEPS = 5000        # more than are ever done here
-SMALL = {**SETTINGS[TINY], "teacher": "page-teacher.safetensors", "size": (64, 64, 5), "steps": 2, "job": {"steps": STEPS},
-         "text": {"prompts": ("WanLiteEncodePrompts", 1, {"bank": "input/page-bank.safetensors"})},
-         "recipe": {"learning_rate": 2e-3, "batch_size": 2, "teacher_steps": 2, "renoised": 0.5, "evaluations": 2},
-         "compare": {"teacher_steps": 2, "student_steps": 2, "clips": 1}}
-DISTILL = "[...app.graph.nodes, ...[...app.graph.subgraphs.values()].flatMap(each => each.nodes)].find(node => node.type === 'WanLiteDistill')"
+LINKS = (
+    ("UNETLoader", "MODEL", "WanLiteCreateStudent", "model"), ("UNETLoader", "MODEL", "WanLiteDistill", "model"),
+    ("UNETLoader", "MODEL", "WanLiteCompare", "teacher"),
+    ("EmptyHunyuanLatentVideo", "LATENT", "WanLiteCreateStudent", "latent"), ("EmptyHunyuanLatentVideo", "LATENT", "WanLiteDistill", "latent"),
+    ("EmptyHunyuanLatentVideo", "LATENT", "WanLiteCompare", "latent"), ("VAELoader", "VAE", "WanLiteDistill", "vae"),
+    ("VAELoader", "VAE", "WanLiteCompare", "vae"),
+    ("WanLiteEncodePrompts", "prompts", "WanLiteCreateStudent", "prompts"), ("WanLiteEncodePrompts", "prompts", "WanLiteDistill", "prompts"),
+    ("WanLiteEncodePrompts", "prompts", "WanLiteCompare", "prompts"), ("WanLiteCreateStudent", "student", "WanLiteDistill", "student"),
+    ("WanLiteRecipe", "recipe", "WanLiteDistill", "recipe"), ("WanLiteDistill", "student", "WanLiteSaveStudent", "student"),
+    ("WanLiteDistill", "model", "WanLiteCompare", "student"))
 
 
-@pytest.fixture(scope="module")
+BOTH = pytest.mark.parametrize("server, graph", [("own page", False), ("newest page", True)], indirect=True)          # a page and its nodes, each once
+
+
+@pytest.fixture
 def files(server):
-    """The demo's VAE, a smaller teacher, and two prompts."""
-    prepare(server.base)
-    save_file(dict(random_wan(seed=3, ffn_dim=128).state_dict()), server.base / "models/diffusion_models" / SMALL["teacher"])
-    random_bank(2).save(server.base / "input/page-bank.safetensors")
     return server.base
 
 
-def open_template(page, server, name, vue_nodes):
-    """Opens the demo's graph, made small, as one of the pack's templates; returns it as it was saved."""
-    saved = build({**SMALL, "name": name}, server.object_info())
-    (server.base / f"custom_nodes/WanLite/example_workflows/{name}.json").write_text(json.dumps(saved), encoding="utf-8")
-    page.request.post(f"{server.url}/settings/Comfy.VueNodes.Enabled", data=json.dumps(vue_nodes))
-    page.goto(f"{server.url}/?template={name}&source=WanLite")          # after the graph that the page opens with
+def size_of_distill(page):
+    return page.evaluate(f"[...{DISTILL}.size]")
+
+
+def build_by_hand(graph, run):
+    """Five nodes and their recipe from the menu, beside the stock loaders, and every wire with the mouse."""
+    graph.begin(scale=0.5)
+    for kind, at in (("UNETLoader", [950, 300]), ("VAELoader", [950, 600]), ("EmptyHunyuanLatentVideo", [950, 900])):
+        graph.add(kind, at)
+    graph.open_menu()
+    for name, at in (("WanLite Encode Prompts", (700, 120)), ("WanLite Create Student", (700, 600)), ("WanLite Distill", (1000, 120)),
+                     ("WanLite Save Student", (1250, 120)), ("WanLite Compare", (1250, 450)), ("WanLite Recipe", (1000, 560))):
+        graph.drag(name, at)
+    for kind, output, other, name in LINKS:
+        graph.wire(kind, output, other, name)
+    graph.page.get_by_label("Node Library").click()
+    graph.set("UNETLoader", unet_name=TEACHER)
+    graph.set("EmptyHunyuanLatentVideo", width=64, height=64, length=5)
+    graph.set("WanLiteEncodePrompts", bank=f"input/{BANK}")
+    graph.set("WanLiteRecipe", **RECIPE)
+    graph.set("WanLiteDistill", run_name=run, steps=STEPS)
+    graph.set("WanLiteSaveStudent", name=run)
+    graph.set("WanLiteCompare", teacher_steps=2, student_steps=2, clips=1)
+    assert graph.links() == set(LINKS)
+
+
+def test_from_an_empty_canvas_to_a_finished_student(graph, files, tmp_path, request):
+    """Dragged, wired, queued, watched, cancelled, queued again, reloaded, finished and compared."""
+    page, run = graph.page, "by hand " + re.sub(r"\W+", " ", request.node.name)[-25:].strip()
+    build_by_hand(graph, run)
+    page.screenshot(path=tmp_path / "1-built.png")
+    look_at_distill(page)
+    panel, size = graph.panel(), size_of_distill(page)
+    expect(panel.status).to_have_text(f"Run “{run}” has not begun.")
+    graph.run()
+    first = panel.wait_for_step(3)
+    early = panel.drawn()
+    panel.wait_for_step(STEPS // 25 + first)
+    assert panel.drawn() > early
+    page.screenshot(path=tmp_path / "2-training.png")
+    graph.cancel.click()
+    expect(panel.status).to_have_text(re.compile("^Stopped at step"))
+    page.screenshot(path=tmp_path / "3-cancelled.png")
+    assert size_of_distill(page) == size                 # nothing has moved
+    done = steps_of(files, run)
+    graph.run()
+    assert panel.wait_for_step(len(done) + 1) > len(done) == done[-1]
+    page.reload()
     page.wait_for_function(f"window.app?.graph && {DISTILL}")
-    return saved
-
-
-def look_at_distill(page):
-    page.evaluate(f"() => {{ app.canvas.ds.scale = 1; app.canvas.centerOnNode({DISTILL}); app.canvas.setDirty(true, true); }}")
-    page.wait_for_timeout(1000)         # until it is drawn, and with Vue's nodes until their widgets are there again
-
-
-def press_on_canvas(page):
-    """Presses Finish now where the canvas draws it."""
-    page.mouse.click(*page.evaluate(f"""() => {{
-        const node = {DISTILL}, button = node.widgets.find(widget => widget.name === "Finish now");
-        return app.canvasPosToClientPos([node.pos[0] + node.size[0] / 2, node.pos[1] + button.y + 10]);
-    }}"""))
-
-
-def widget_values(nodes):
-    """{node id: values} of a saved workflow's nodes, without what PreviewAny shows."""
-    return {node["id"]: node.get("widgets_values", []) for node in nodes if node["type"] != "PreviewAny"}
-
-
-def run_again(page, server, name, steps=4):
-    """Presses Run and waits for so many more steps; what was done before is still there. Returns all that are done."""
-    before = log(server, name)
-    page.get_by_role("button", name="Run", exact=True).first.click()         # newer pages call the arrow beside it Run too
-    deadline = time.monotonic() + 120
-    while len(now := log(server, name)) < len(before) + steps:
-        assert time.monotonic() < deadline, server.log()
-        page.wait_for_timeout(100)
-    assert now[:len(before)] == before and [row["step"] for row in now] == list(range(1, len(now) + 1))
-    return now
-
-
-def log(server, name):
-    """The steps that the run's log tells of, whole lines only."""
-    path = server.base / "output/wanlite/runs" / name / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [row for row in map(json.loads, lines) if row["kind"] == "step"]
-
-
-def test_run_and_cancel_twice_then_run_and_finish_now(page, server, files, tmp_path):
-    saved = open_template(page, server, "pressed", vue_nodes=False)
-    assert widget_values(page.evaluate("app.graph.serialize().nodes")) == widget_values(saved["nodes"])
     look_at_distill(page)
-    page.screenshot(path=tmp_path / "1-opened.png")
-    press_on_canvas(page)
-    expect(page.get_by_text("there is nothing to finish")).to_be_visible()
-    page.screenshot(path=tmp_path / "2-nothing-to-finish.png")
-    cancel = page.get_by_label("Cancel current run")
-    for turn in (3, 4):
-        run_again(page, server, "pressed")
-        cancel.click()
-        expect(cancel).to_be_disabled()
-        page.screenshot(path=tmp_path / f"{turn}-cancelled.png")
-    done = len(run_again(page, server, "pressed"))
-    press_on_canvas(page)
+    again, size = panel.wait_for_step(len(done) + 2), size_of_distill(page)         # an old page's Vue nodes are larger after a reload, all of them
+    panel.wait_for_step(again + 1)
+    page.screenshot(path=tmp_path / "4-reloaded.png")
+    panel.element.get_by_role("button", name="Finish now").click()
     expect(page.get_by_text("Finishing", exact=True)).to_be_visible()
-    page.screenshot(path=tmp_path / "5-finishing.png")
-    expect(cancel).to_be_disabled()
-    expect(page.locator(".wanlite-told")).to_contain_text("To save memory: none needed")
-    page.screenshot(path=tmp_path / "6-finished.png")
-    assert done <= len(log(server, "pressed")) < STEPS
-    reports = page.evaluate("app.graph.nodes.filter(node => node.type === 'PreviewAny').map(node => node.widgets[0].value)")
-    assert any("plain cut" in report for report in reports) and any("verified" in report for report in reports)
-    assert (files / "models/diffusion_models/pressed/diffusion_model.safetensors").exists()
-    assert widget_values(page.evaluate("app.graph.serialize().nodes")) == widget_values(saved["nodes"])
+    expect(panel.status).to_have_text(re.compile("^Finished after"))
+    caption, there = panel.clip()
+    assert caption == f"teacher | student · step {steps_of(files, run)[-1]}" and there
+    graph.wait()
+    expect(panel.element.locator(".wanlite-disk")).to_contain_text("answers")
+    page.screenshot(path=tmp_path / "5-finished.png")
+    assert "times as fast" in graph.told("Compare")
+    assert size_of_distill(page) == size
+    assert (files / "models/diffusion_models" / run / "diffusion_model.safetensors").exists()
+    with page.context.expect_page() as opened:
+        panel.element.get_by_role("button", name="Open run").click()
+    expect(opened.value.locator("#status")).to_have_text(re.compile("^Finished after"))
+    expect(opened.value.locator("#report")).to_contain_text("plain cut")
+    opened.value.screenshot(path=tmp_path / "6-run.png", full_page=True)
 
 
-def test_finish_now_on_a_vue_node_inside_a_subgraph(page, server, files, tmp_path):
-    open_template(page, server, "nested", vue_nodes=True)
-    page.evaluate(f"() => {{ const {{ subgraph }} = app.graph.convertToSubgraph(new Set([{DISTILL}])); app.canvas.setGraph(subgraph); }}")
+def test_finish_now_inside_a_subgraph(graph, server, files, tmp_path, request):
+    name = "nested " + re.sub(r"\W+", " ", request.node.name)[-25:].strip()
+    page = graph.page
+    graph.open()
+    graph.load(small_graph(name, server.object_info()))
+    page.evaluate(f"app.graph.convertToSubgraph(new Set([{DISTILL}])); undefined")
+    page.wait_for_timeout(500)
+    page.evaluate(f"app.canvas.setGraph({DISTILL}.graph)")
     look_at_distill(page)
-    done = len(run_again(page, server, "nested"))
-    page.get_by_role("button", name="Finish now").click()
+    panel = graph.panel()
+    graph.run()
+    done = panel.wait_for_step(4)
+    page.screenshot(path=tmp_path / "training.png")
+    panel.element.get_by_role("button", name="Finish now").click()
     expect(page.get_by_text("Finishing", exact=True)).to_be_visible()
-    page.screenshot(path=tmp_path / "finishing.png")
-    expect(page.get_by_label("Cancel current run")).to_be_disabled()
-    assert done <= len(log(server, "nested")) < STEPS
-    assert (files / "models/diffusion_models/nested/diffusion_model.safetensors").exists()
+    expect(panel.status).to_have_text(re.compile("^Finished after"))
+    graph.wait()
+    page.screenshot(path=tmp_path / "finished.png")
+    assert done <= len(steps_of(files, name)) < STEPS
+    assert (files / "models/diffusion_models" / name / "diffusion_model.safetensors").exists()
+
+
+def write_run(base, name, steps, finished):
+    """A run as its folder tells of it."""
+    folder = base / "output/wanlite/runs" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [{"kind": "step", "step": step, "loss": 1 / step} for step in range(1, steps + 1)] + [{"kind": "eval", "step": steps, "error": 0.02}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    told = {"job": {"latents": ""}, "last": 90, "baseline": {"plain_cut": {"error": 0.05}, "yardstick": "plain cut of the same size"}}
+    write_json(folder / "job.json", {**told, **({"finished": {"step": steps, "report": "It is done."}} if finished else {})})
+
+
+def test_two_charts_at_once_in_a_light_page(graph, server, files, tmp_path):
+    """Each shows the run that its name says, from disk; a third has a name that no run has, and shows another's once it has another's name."""
+    page = graph.page
+    write_run(files, "whole", 90, finished=True)
+    write_run(files, "half", 45, finished=False)
+    graph.change_setting("Comfy.ColorPalette", "light")
+    graph.begin(scale=0.8)
+    for number, name in enumerate(("whole", "half", "nobody")):
+        graph.add("WanLiteDistill", [150 + 520 * number, 150])
+        rename(page, number, name)
+    page.evaluate("app.canvas.setDirty(true, true)")
+    whole, half, nobody = (graph.panel(number) for number in range(3))
+    expect(whole.status).to_have_text("Finished after 90 steps: held-out error 0.02, 2.5 times below the plain cut of the same size.")
+    expect(half.status).to_have_text("Stopped at step 45 of 90. Run the same again: it goes on there.")
+    expect(nobody.status).to_have_text("Run “nobody” has not begun.")
+    assert whole.drawn() > half.drawn() > 0
+    expect(whole.element.locator(".wanlite-told")).to_have_text("It is done.")
+    page.screenshot(path=tmp_path / "light.png")
+    rename(page, 0, "nobody")
+    expect(whole.status).to_have_text("Run “nobody” has not begun.")
+    expect(whole.element.locator(".wanlite-told")).to_have_text("")
+    graph.change_setting("Comfy.ColorPalette", "dark")
+
+
+def rename(page, number, name):
+    page.evaluate("""([number, name]) => {
+        const widget = app.graph.nodes[number].widgets.find(widget => widget.name === "run_name");
+        widget.value = name;
+        widget.callback(name);
+    }""", [number, name])
+
+
+@BOTH
+def test_a_page_in_the_background_draws_nothing_and_catches_up(graph, server, files):
+    page = graph.page
+    graph.open()
+    graph.load(small_graph("background", server.object_info()))
+    look_at_distill(page)
+    panel = graph.panel()
+    graph.run()
+    seen = panel.wait_for_step(2)
+    page.evaluate("""() => {
+        window.drawings = window.requests = 0;
+        Object.defineProperty(document, "hidden", { configurable: true, get: () => true });
+        const { fillText } = CanvasRenderingContext2D.prototype, canvas = document.querySelector(".wanlite canvas"), { fetch } = window;
+        CanvasRenderingContext2D.prototype.fillText = function (...given) { window.drawings += this.canvas === canvas; return fillText.apply(this, given); };
+        window.fetch = (...given) => { window.requests += String(given[0]).includes("wanlite"); return fetch(...given); };
+    }""")
+    at = panel.step()
+    page.wait_for_timeout(2500)
+    assert panel.step() == at and page.evaluate("[window.drawings, window.requests]") == [0, 0]
+    page.evaluate("() => { delete document.hidden; document.dispatchEvent(new Event('visibilitychange')); }")
+    assert panel.wait_for_step(at + 1) > seen and page.evaluate("window.drawings") > 0
