@@ -36,7 +36,9 @@ export async function showDisk(line, say) {
     button.title = say("clearTip");
     button.onclick = () => clear(say);
     const sizes = { runs: gib(disk.runs.bytes), answers: gib(disk.cache.bytes), starts: gib(disk.starts.bytes), free: gib(disk.free) };
-    line.replaceChildren(say("disk", sizes), " ", button);
+    const told = document.createElement("span");
+    told.textContent = told.title = say("disk", sizes);
+    line.replaceChildren(told, button);
 }
 
 async function clear(say) {

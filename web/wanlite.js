@@ -30,7 +30,9 @@ const STYLE = `
 .wanlite-buttons button { flex: 1; font: inherit; color: inherit; background: var(--comfy-input-bg, #222); border: 1px solid var(--border-color, #555);
     border-radius: 6px; cursor: pointer; }
 .wanlite-buttons button:hover { border-color: currentColor; }
-.wanlite-clear { font: inherit; color: inherit; background: none; border: 0; padding: 0; text-decoration: underline; cursor: pointer; }
+.wanlite-disk { display: flex; gap: 6px; }
+.wanlite-disk span { min-width: 0; overflow: hidden; text-overflow: ellipsis; }
+.wanlite-clear { flex: none; font: inherit; color: inherit; background: none; border: 0; padding: 0; text-decoration: underline; cursor: pointer; }
 `;
 
 const say = (...given) => wordsOf(app.extensionManager.setting.get("Comfy.Locale") ?? "en")(...given);
@@ -211,7 +213,7 @@ function tellRefused() {
     if (!refused.length || !graphs.some((graph) => graph.nodes.some(ours))) return;
     for (const { class_type: kind, errors: [{ type, message, details }] } of refused) {
         const detail = type === "exception_during_validation" ? details : `${message}: ${details}`;
-        app.extensionManager.toast.add({ severity: "warn", summary: kind.replace(/([a-z])([A-Z])/g, "$1 $2"), detail: detail.slice(0, LONGEST), life: 20_000 });
+        app.extensionManager.toast.add({ severity: "warn", summary: LiteGraph.registered_node_types[kind]?.title ?? kind, detail: detail.slice(0, LONGEST), life: 20_000 });
     }
 }
 

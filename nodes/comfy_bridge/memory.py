@@ -32,7 +32,7 @@ def release() -> None:
 
 
 def unload(patcher: Any) -> None:
-    """Has ComfyUI move this model off the device, and no other one."""
+    """Has ComfyUI move this model off the device, and no other one; None is no model."""
     loaded = comfy.model_management.current_loaded_models
     comfy.model_management.free_memory(EVERYTHING, device(), keep_loaded=[other for other in loaded if other.model is not patcher])
 

@@ -173,7 +173,7 @@ class Clips:
         else:
             keep_clip([self._teacher, student] if self._teacher else [student], clip_path(self._folder, sample.step))
         finally:
-            memory.unload(self._vae.patcher)                    # its room was not planned for
+            memory.unload(getattr(self._vae, "patcher", None))          # its room was not planned for; other packs' VAEs may have none
             memory.release()
 
     def _decoded(self, latents: Tensor) -> list[Image.Image]:

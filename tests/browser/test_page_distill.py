@@ -150,6 +150,8 @@ def test_two_charts_at_once_in_a_light_page(graph, server, files, tmp_path):
     expect(half.status).to_have_text("Stopped at step 45 of 90. Run the same again: it goes on there.")
     expect(nobody.status).to_have_text("Run “nobody” has not begun.")
     assert whole.drawn() > half.drawn() > 0
+    button, line = (whole.element.locator(name).bounding_box() for name in (".wanlite-clear", ".wanlite-disk"))
+    assert button["x"] + button["width"] <= line["x"] + line["width"] + 1           # not beyond what is seen
     expect(whole.element.locator(".wanlite-told")).to_have_text("It is done.")
     page.screenshot(path=tmp_path / "light.png")
     rename(page, 0, "nobody")

@@ -9,6 +9,8 @@ from helpers_page import Graph, look_at_distill, small_graph, steps_of
 from playwright.sync_api import expect
 
 pytestmark = pytest.mark.parametrize("server, graph", [("own page", False), ("newest page", True)], indirect=True)
+TITLES = {"WanLiteEncodePrompts": "WanLite Encode Prompts", "WanLiteSaveStudent": "WanLite Save Student", "WanLiteDistill": "WanLite Distill",
+          "UNETLoader": "Load Diffusion Model"}
 WRONG = (("WanLiteEncodePrompts", {"bank": "none"}, "There are no prompts"), ("WanLiteSaveStudent", {"name": "taken"}, "taken"),
          ("WanLiteDistill", {"run_name": "a/b"}, "cannot be a run's name"), ("UNETLoader", {"unet_name": "gone.safetensors"}, "gone.safetensors"))
 
@@ -30,6 +32,7 @@ def test_what_is_wrong_is_said_before_anything_runs(graph, tmp_path):
         graph.page.screenshot(path=tmp_path / f"{kind}.png")
         wrong = graph.page.evaluate("Object.values(app.lastNodeErrors).map(({ class_type, errors }) => [class_type, JSON.stringify(errors)])")
         assert [node for node, _ in wrong] == [kind] and words in wrong[0][1]
+        expect(graph.page.get_by_text(TITLES[kind], exact=True).last).to_be_visible()
         graph.end()
         graph.page.keyboard.press("Escape")         # the page's own window of errors
         graph.page.evaluate("app.extensionManager.toast.removeAll?.()")

@@ -1,13 +1,17 @@
 """What a running job tells. Nodes turn these into progress bars, a command line into text, a test into a list."""
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
 from ..compress.handle import StudentHandle
 from .budget import Budget
 from .evaluate import Held
+
+Result = TypeVar("Result")
 
 ASKING, EVALUATING, DRAWING = "asking the teacher", "evaluating", "drawing a sample"        # the stages that a clock counts
 
@@ -85,3 +89,13 @@ class Finished:
 
 
 Event = Stage | Planned | Step | Eval | Sample | Saved | Finished
+
+
+def staged(name: str, work: Generator[tuple[int, int], None, Result]) -> Generator[Stage, None, Result]:
+    """The result of work that yields (done, of all)."""
+    while True:
+        try:
+            done, total = next(work)
+        except StopIteration as end:
+            return end.value
+        yield Stage(name=name, done=done, total=total)

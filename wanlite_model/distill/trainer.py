@@ -34,7 +34,7 @@ from .checks import check, untouched
 from .checkpoint import RunFolder, TrainState, size_of
 from .data import Ahead, Damaged, TeacherCache
 from .evaluate import Held, draw, evaluate
-from .events import DRAWING, EVALUATING, Eval, Event, Planned, Sample, Saved, Stage, Step
+from .events import DRAWING, EVALUATING, Eval, Event, Planned, Sample, Saved, Stage, Step, staged
 from .finish import PLAIN_CUT, UNGUIDED, Measured, finished_from_disk, unasked, write_finished, yardstick_of
 from .frozen import places
 from .inputs import Inputs
@@ -307,7 +307,7 @@ class Run:
             yield Stage(name=name, done=done, total=len(own))
 
     def _evaluate(self, name: str) -> Generator[Event, None, Held]:
-        return (yield from _staged(name, evaluate(self.state.student, self.held, self.prompts, self.job, self.paths)))
+        return (yield from staged(name, evaluate(self.state.student, self.held, self.prompts, self.job, self.paths)))
 
     def _train(self) -> Iterator[Event]:
         """The loop. Whatever ends it, the last complete step is on disk afterwards."""
@@ -439,14 +439,4 @@ class Run:
         """A sample of the first held-out prompt as the student will be used, and the teacher's from the same noise: [1, C, T, H, W] each."""
         unit = self.cache.held[0]
         x, teacher = yield from self._read(lambda: self.cache.sample(unit, self.latents))
-        return (yield from _staged(DRAWING, draw(self.state.student, x, self.prompts, unit.prompt, self.job))), teacher
-
-
-def _staged(name: str, work: Generator[tuple[int, int], None, Result]) -> Generator[Stage, None, Result]:
-    """The result of work that yields (done, of all)."""
-    while True:
-        try:
-            done, total = next(work)
-        except StopIteration as end:
-            return end.value
-        yield Stage(name=name, done=done, total=total)
+        return (yield from staged(DRAWING, draw(self.state.student, x, self.prompts, unit.prompt, self.job))), teacher
