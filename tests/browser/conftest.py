@@ -16,7 +16,7 @@ PATIENCE = 120_000      # milliseconds
 PAGES = {"own page": (), "newest page": ("--front-end-root", str(NEWEST_PAGE))}
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def servers(comfyui_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], ComfyServer]]:
     """servers("newest page") is the running server of that page, with the files of put_files; each is started once."""
     with ExitStack() as stack:
@@ -36,9 +36,9 @@ def server(request: pytest.FixtureRequest, servers: Callable[[str], ComfyServer]
     return servers(request.param)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """For these tests only: while Playwright runs, asyncio does not in this thread."""
+    """For one module: while Playwright runs, asyncio does not in this thread, and the tests that come next need it."""
     expect.set_options(timeout=PATIENCE)
     with chromium() as browser:
         yield browser
