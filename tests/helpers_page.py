@@ -55,8 +55,7 @@ class Graph:
     """The graph on a page, in one of its renderers."""
 
     def __init__(self, page, server, vue):
-        self.page, self.server, self.vue, self.errors = page, server, vue, []
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page, self.server, self.vue = page, server, vue
         self.change_setting("Comfy.VueNodes.Enabled", vue)
 
     def change_setting(self, name, value):
