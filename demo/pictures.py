@@ -42,6 +42,7 @@ ALONE = """id => {
     app.canvas.deselectAll?.();
     app.canvas.setDirty(true, true);
 }""".replace("WIDE", str(WIDE))
+ANSWERED = "() => [...document.querySelectorAll('.wanlite-disk')].every(line => line.textContent)"      # the server, for WanLite Distill
 NODE_AT = "() => [...app.canvasPosToClientPos([0, -TITLE]), app.graph.nodes[0].size[0], app.graph.nodes[0].size[1] + TITLE]".replace("TITLE", str(TITLE))
 WHOLE = """() => {
     const boxes = [...app.graph.nodes.map(node => [node, TITLE]), ...app.graph.groups.map(group => [group, 0])]
@@ -89,6 +90,7 @@ def draw_nodes(page: Page, server: ComfyServer) -> None:
     opened(page, server.url)
     for node_id in ours(server.object_info()):
         page.evaluate(ALONE, node_id)
+        page.wait_for_function(ANSWERED)
         page.wait_for_timeout(600)          # until it is drawn, and the text fields have come to where it is
         keep(page, page.evaluate(NODE_AT), NODES / f"{node_id}.webp")
 

@@ -201,6 +201,13 @@ class Panel:
             return columns;
         }""")
 
+    def legend(self):
+        """Its entries that are seen whole."""
+        return self.element.locator(".wanlite-legend").evaluate("""legend => {
+            const room = legend.getBoundingClientRect(), whole = ({ right, bottom }) => right <= room.right + 6 && bottom <= room.bottom + 1;
+            return [...legend.children].filter(entry => whole(entry.getBoundingClientRect())).map(entry => entry.textContent.trim());
+        }""")
+
     def clip(self):
         """(the step that it is of, whether the picture has come)"""
         image = self.element.locator("img")

@@ -25,6 +25,8 @@ const STYLE = `
 .wanlite-clip[hidden] { display: none; }
 .wanlite-clip img { flex: 1; min-height: 0; max-width: 100%; object-fit: contain; cursor: pointer; }
 .wanlite-clip figcaption, .wanlite-line { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; min-height: 14px; opacity: 0.85; }
+.wanlite-legend { white-space: normal; height: 28px; }
+.wanlite-legend > span { white-space: nowrap; }
 .wanlite-told { min-height: 28px; max-height: 28px; overflow-y: auto; opacity: 0.7; white-space: pre-wrap; }
 .wanlite-buttons { display: flex; gap: 6px; min-height: 24px; }
 .wanlite-buttons button { flex: 1; font: inherit; color: inherit; background: var(--comfy-input-bg, #222); border: 1px solid var(--border-color, #555);

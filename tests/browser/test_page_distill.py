@@ -89,6 +89,7 @@ def test_from_an_empty_canvas_to_a_finished_student(graph, files, tmp_path, requ
     expect(panel.status).to_have_text(re.compile("^Finished after"))
     caption, there = panel.clip()
     assert caption == f"teacher | student · step {steps_of(files, run)[-1]}" and there
+    assert [re.sub(r"[\d.]+", "0", entry) for entry in panel.legend()] == ["loss 0", "held-out error 0 (best 0)", "plain cut 0"]
     graph.wait()
     expect(panel.element.locator(".wanlite-disk")).to_contain_text("answers")
     page.screenshot(path=tmp_path / "5-finished.png")
