@@ -85,15 +85,21 @@ def steps(base, run_name):
     return [line for line in map(json.loads, logged(base, run_name)) if line["kind"] == "step"]
 
 
-def test_the_whole_job_runs_and_the_saved_student_is_a_stock_model(server, files):
-    outputs = server.run(with_outputs(graph("whole", 4), "http-student"))
-    assert "plain cut" in outputs["report"]["text"][0] and "verified" in outputs["save"]["text"][0]
-    assert outputs["plot"]["images"] and outputs["chart"]["images"]
+@pytest.fixture(scope="module")
+def whole(server, files):
+    """What the graph of a whole job tells, whose student is saved as http-student."""
+    return server.run(with_outputs(graph("whole", 4), "http-student"))
+
+
+def test_the_whole_job_runs_and_the_saved_student_is_a_stock_model(whole, server, files):
+    assert "plain cut" in whole["report"]["text"][0] and "verified" in whole["save"]["text"][0]
+    assert whole["plot"]["images"] and whole["chart"]["images"]
     assert "http-student/diffusion_model.safetensors" in server.object_info()["UNETLoader"]["input"]["required"]["unet_name"][0]
     with open_wan(files / "models/diffusion_models/http-student") as saved:
         assert saved.config.num_layers == 3 and saved.card.shift == 3.0
 
 
+@pytest.mark.usefixtures("whole")
 def test_the_saved_workflow_draws_what_distils_own_model_draws(server, files):
     """Its text encoder is not here: the same embeddings come from the bank. What counts is sampler, steps, cfg and shift."""
     from demo.graph import to_api
