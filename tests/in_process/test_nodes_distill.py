@@ -256,7 +256,8 @@ def test_minutes_0_prepares_a_run_that_goes_on_without_comfyui_and_comes_back(co
 
 
 def test_a_teacher_whose_file_is_there_is_named_and_not_copied(comfyui, distil, pack, student, start):
-    save_file({name: tensor.clone() for name, tensor in student.state_dict().items()}, comfyui.base / "models/diffusion_models/the-teacher.safetensors")
+    own = {name: tensor + 0.001 for name, tensor in student.state_dict().items()}           # weights that no other file here has
+    save_file(own, comfyui.base / "models/diffusion_models/the-teacher.safetensors")
     model = call(pack("nodes.teacher").WanLiteLoadTeacher, name="the-teacher.safetensors")[0]
     assert distil("named", model=model, minutes=0.0) is None
     told = json.loads((comfyui.base / "output/wanlite/runs/named/job.json").read_text(encoding="utf-8"))
@@ -341,6 +342,7 @@ def test_a_speed_lora_can_be_what_training_starts_from(comfyui, teacher, distil,
     make = pack("nodes.student").WanLiteCreateStudent
     same, _ = call(make, model=teacher, prompts=BANK, latent=LATENT, preset="same size")
     folder = comfyui.base / "models/loras"
+    folder.mkdir(exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     width = teacher.model.diffusion_model.dim
     save_file({"diffusion_model.blocks.0.self_attn.o.lora_down.weight": torch.randn(2, width, generator=generator) * 0.3,

@@ -82,7 +82,8 @@ def pair(tmp_path_factory):
 
 
 @pytest.mark.parametrize("recipe", [VELOCITY, TRAJECTORY])
-def test_the_teachers_path_runs_through_both_and_one_cache_serves_both_jobs(pair, recipe):
+def test_the_teachers_path_runs_through_both_and_one_cache_serves_both_jobs(tmp_path, recipe):
+    pair = Pair(tmp_path)
     before = pair.forwards()
     cache = pair.fill(pair.job("high", recipe))
     assert all(pair.forwards()[side] > before[side] for side in before)
